@@ -1,0 +1,83 @@
+"""One step of the deconvnet: unpool, rectify, transposed filter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from zfcore.reference._geometry import (
+    accumulator,
+    check_conv_transposed_size,
+    check_map,
+    check_result,
+    check_switches,
+    check_weight,
+    conv_transposed_size,
+    transposed_length,
+)
+from zfcore.reference._params import as_conv, as_pool, size_pair
+from zfcore.reference.unpool_relu2d import unpool_relu2d
+
+
+def unpool_relu_conv_transpose2d(
+    y, switches, weight, *, pool, conv=None, output_size=None, overlap="sum", strict_nan=False
+):
+    """conv_transpose2d(relu(unpool2d(y, switches)), weight), accumulated in float32 at least and rounded once.
+
+    Products with an exact zero of the unpooled map are left out, so 0 x inf and 0 x NaN of the weight give 0;
+    strict_nan=True gives NaN there, as a dense convolution does.
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling, rectification, filtering).
+    """
+    if y.dim() == 3:
+        z = unpool_relu_conv_transpose2d(
+            y.unsqueeze(0),
+            switches.unsqueeze(0),
+            weight,
+            pool=pool,
+            conv=conv,
+            output_size=output_size,
+            overlap=overlap,
+            strict_nan=strict_nan,
+        )
+        return z.squeeze(0)
+    check_map("y", y)
+    check_switches(y, switches)
+    pool, conv = as_pool(pool), as_conv(conv)
+    check_weight(y, weight, conv.groups)
+    pooled, kernel = y.shape[2:], weight.shape[2:]
+    unpooled, size = conv_transposed_size(
+        pooled, pool, conv, kernel, None if output_size is None else size_pair(output_size)
+    )
+    check_conv_transposed_size(pooled, pool, conv, kernel, unpooled, size)
+    check_result(y, y.size(0), weight.size(1) * conv.groups, *size)
+
+    wide = accumulator(y.dtype)
+    u = unpool_relu2d(y.to(wide), switches, *pool[:4], unpooled, overlap)  # [N, K, Hu, Wu]
+    bare = conv._replace(output_padding=(0, 0))
+    extra = [length - transposed_length(unpooled, bare, kernel, axis) for axis, length in enumerate(size)]
+
+    def transposed(u, weight):
+        return F.conv_transpose2d(
+            u, weight, None, conv.stride, conv.padding, extra, conv.groups, conv.dilation
+        )
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
+        if strict_nan:
+            return transposed(u, weight.to(wide)).to(y.dtype)
+        return _skipping_zeros(transposed, u, weight.to(wide)).to(y.dtype)
+
+
+def _skipping_zeros(transposed, u, weight):
+    if weight.isfinite().all():
+        return transposed(u, weight)
+    # u >= 0 or NaN, so an infinite weight adds an infinity of its own sign wherever u is not 0.
+    finite = torch.where(weight.isfinite(), weight, weight.sign().nan_to_num(nan=1.0))
+    z = transposed(u, finite)
+    taken = (u != 0).to(u.dtype)
+    for special, value in (
+        (weight == torch.inf, torch.inf),
+        (weight == -torch.inf, -torch.inf),
+        (weight.isnan(), torch.nan),
+    ):
+        z = z + torch.where(transposed(taken, special.to(u.dtype)) > 0, value, 0.0)
+    return z
