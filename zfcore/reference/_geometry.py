@@ -79,7 +79,9 @@ def unpooled_size(pooled: Pair, pool: PoolParams, output_size: Pair | None) -> P
     lengths = []
     for axis in (0, 1):
         k, s, p, d = (field[axis] for field in pool[:4])
-        lengths.append(torch.sym_max(1, (pooled[axis] - 1) * s - 2 * p + d * (k - 1) + 1))
+        length = (pooled[axis] - 1) * s + d * (k - 1) + 1 - 2 * p
+        # Only padding of half an even kernel can leave nothing of a single window.
+        lengths.append(torch.sym_max(1, length) if 2 * p > d * (k - 1) else length)
     return tuple(lengths)
 
 
@@ -113,32 +115,43 @@ def conv_transposed_size(
     if output_size is None:
         unpooled = unpooled_size(pooled, pool, None)
         return unpooled, tuple(transposed_length(unpooled, conv, kernel, axis) for axis in (0, 1))
-    unpooled = tuple(
-        (output_size[axis] + 2 * p - d * (kernel[axis] - 1) - 1) // s + 1
-        for axis, s, p, d in ((a, conv.stride[a], conv.padding[a], conv.dilation[a]) for a in (0, 1))
-    )
-    return unpooled, output_size
+    unpooled = []
+    for axis in (0, 1):
+        reach = conv.dilation[axis] * (kernel[axis] - 1) + 1
+        spare = output_size[axis] - conv.output_padding[axis] + 2 * conv.padding[axis] - reach
+        # A size that is given without an output padding takes the one that it needs.
+        if conv.output_padding[axis] != 0 and spare % conv.stride[axis] != 0:
+            raise ShapeError(
+                f"output_size={show(tuple(output_size))}: expected a size that conv={show(conv)} with kernel "
+                f"{show(tuple(kernel))} makes with this output_padding, or no output_padding"
+            )
+        unpooled.append(spare // conv.stride[axis] + 1)
+    return tuple(unpooled), output_size
 
 
 def check_conv_transposed_size(
     pooled: Pair, pool: PoolParams, conv: ConvParams, kernel: Pair, unpooled: Pair, size: Pair
 ) -> None:
     """Refuse sizes of the fused op that do not belong together."""
-    bare = conv._replace(output_padding=(0, 0))
+    extra = output_padding_of(unpooled, size, conv, kernel)
     for axis in (0, 1):
         if size[axis] < 1 or unpooled[axis] < 1:
             raise ShapeError(
-                f"the result would be {show(tuple(size))} from an unpooled map of {show(tuple(unpooled))}: "
-                f"expected at least one pixel; conv={show(conv)}, kernel {show(tuple(kernel))}"
+                f"output_size={show(tuple(size))} from an unpooled map of {show(tuple(unpooled))}: expected at "
+                f"least one pixel in both; conv={show(conv)}, kernel {show(tuple(kernel))}"
             )
-        extra = size[axis] - transposed_length(unpooled, bare, kernel, axis)
-        given = conv.output_padding[axis]
-        if not 0 <= extra < max(conv.stride[axis], conv.dilation[axis]) or (given != 0 and given != extra):
+        if not 0 <= extra[axis] < max(conv.stride[axis], conv.dilation[axis]):
             raise ShapeError(
-                f"output_size={show(tuple(size))}: expected a size that the convolution {show(conv)} with "
+                f"output_size={show(tuple(size))}: expected a size that conv={show(conv)} with "
                 f"kernel {show(tuple(kernel))} maps to the unpooled {show(tuple(unpooled))}"
             )
     check_unpooled_size(pooled, pool, unpooled)
+
+
+def output_padding_of(unpooled: Pair, size: Pair, conv: ConvParams, kernel: Pair) -> Pair:
+    """The output padding with which the transposed convolution takes ``unpooled`` to ``size``."""
+    bare = ConvParams(*conv[:4], output_padding=(0, 0))
+    return tuple(size[axis] - transposed_length(unpooled, bare, kernel, axis) for axis in (0, 1))
 
 
 def transposed_length(unpooled: Pair, conv: ConvParams, kernel: Pair, axis: int) -> int:

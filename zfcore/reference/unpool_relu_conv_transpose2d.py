@@ -13,7 +13,7 @@ from zfcore.reference._geometry import (
     check_switches,
     check_weight,
     conv_transposed_size,
-    transposed_length,
+    output_padding_of,
 )
 from zfcore.reference._params import as_conv, as_pool, size_pair
 from zfcore.reference.unpool_relu2d import unpool_relu2d
@@ -53,8 +53,7 @@ def unpool_relu_conv_transpose2d(
 
     wide = accumulator(y.dtype)
     u = unpool_relu2d(y.to(wide), switches, *pool[:4], unpooled, overlap)  # [N, K, Hu, Wu]
-    bare = conv._replace(output_padding=(0, 0))
-    extra = [length - transposed_length(unpooled, bare, kernel, axis) for axis, length in enumerate(size)]
+    extra = output_padding_of(unpooled, size, conv, kernel)
 
     def transposed(u, weight):
         return F.conv_transpose2d(

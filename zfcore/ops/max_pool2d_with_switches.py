@@ -1,0 +1,127 @@
+"""Max-pooling that records, for every output, which tap of its window held the maximum."""
+
+from __future__ import annotations
+
+import torch
+
+from zfcore import reference
+from zfcore.ops import _boundary
+from zfcore.ops._library import native, register
+from zfcore.ops.unpool2d import unpool2d_op
+from zfcore.reference._geometry import check_map, check_tensor, pooled_size
+from zfcore.reference._params import PoolParams, pool_params
+
+SCHEMA = (
+    "max_pool2d_with_switches(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool ceil_mode) -> (Tensor y, Tensor switches)"
+)
+
+
+def _outputs(x, pooled):
+    shape = (x.size(0), x.size(1), *pooled)
+    return _boundary.empty(x, shape, x.dtype), _boundary.empty(x, shape, torch.uint8)
+
+
+def _plan(x, kernel_size, stride, padding, dilation, ceil_mode):
+    check_map("x", x)
+    pool = PoolParams(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+    return _boundary.pool_plan((x.size(2), x.size(3)), pool)
+
+
+def _fake(x, kernel_size, stride, padding, dilation, ceil_mode):
+    check_map("x", x)
+    return _outputs(x, pooled_size(x.shape[2:], pool_params(kernel_size, stride, padding, dilation, ceil_mode)))
+
+
+def _reference(x, kernel_size, stride, padding, dilation, ceil_mode):
+    y, switches = reference.max_pool2d_with_switches(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return _boundary.filled(x, y), _boundary.filled(x, switches)
+
+
+def _cpu(x, kernel_size, stride, padding, dilation, ceil_mode):
+    pooled, window = _plan(x, kernel_size, stride, padding, dilation, ceil_mode)
+    y, switches = _outputs(x, pooled)
+    native.max_pool2d_with_switches_cpu(
+        _boundary.view(x), _boundary.view(y), _boundary.view(switches), window, _boundary.threads()
+    )
+    return y, switches
+
+
+def _cuda(x, kernel_size, stride, padding, dilation, ceil_mode):
+    pooled, window = _plan(x, kernel_size, stride, padding, dilation, ceil_mode)
+    y, switches = _outputs(x, pooled)
+    native.max_pool2d_with_switches_cuda(
+        _boundary.view(x),
+        _boundary.view(y),
+        _boundary.view(switches),
+        window,
+        x.device.index,
+        _boundary.stream(x.device),
+    )
+    return y, switches
+
+
+def _setup_context(ctx, inputs, output):
+    x, *ctx.window, _ = inputs
+    ctx.size = x.shape[2:]
+    _, switches = output
+    ctx.mark_non_differentiable(switches)
+    ctx.save_for_backward(switches)
+
+
+def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 6
+    (switches,) = ctx.saved_tensors
+    return unpool2d_op(grad_y, switches, *ctx.window, ctx.size, "sum"), None, None, None, None, None
+
+
+max_pool2d_with_switches_op = register(
+    SCHEMA,
+    kernels={"reference": _reference, "cpu": _cpu, "cuda": _cuda},
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    r"""Max-pool each feature map and record where every maximum came from.
+
+    .. math::
+        y_{n,c,o,q} = \max_{i,j} x_{n,c,\; o s_h - p_h + i d_h,\; q s_w - p_w + j d_w}, \qquad
+        \mathrm{switches}_{n,c,o,q} = i^* k_w + j^*
+
+    over the taps (i, j) inside the map. The tap number counts from the corner of the unclipped window. Ties give
+    the first tap in raster order; NaN wins over every number, the last NaN over the others; a window of nothing
+    but -inf gives its first tap in the map.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], float32, float64, bfloat16 or float16, any strides.
+        kernel_size: int or pair (rows, columns), pixels; at most 255 taps, since a switch is one byte.
+        stride: int or pair, pixels; None for the kernel's size.
+        padding: int or pair, pixels at most half the kernel; padded pixels never win.
+        dilation: int or pair, pixels between taps.
+        ceil_mode: round the output size up, dropping windows that would start in the far padding.
+
+    Returns:
+        y: [N, C, Oh, Ow], x's dtype. switches: [N, C, Oh, Ow] uint8, not differentiable. Both [C, Oh, Ow] for a
+        three-dimensional x, and channels_last where x is. Under autocast x keeps its dtype.
+
+    Raises:
+        ArgumentError: a pooling argument is out of range.
+        ShapeError: x is not three- or four-dimensional, has no channels or pixels, or is smaller than the window.
+        DtypeError: x is not a dense floating-point tensor, or an argument's type is wrong.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).
+    """
+    check_tensor("x", x)
+    kernel_size, stride, padding, dilation, ceil_mode = pool_params(
+        kernel_size, stride, padding, dilation, ceil_mode
+    )
+    if x.dim() == 3:
+        y, switches = max_pool2d_with_switches_op(
+            x.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode
+        )
+        return y.squeeze(0), switches.squeeze(0)
+    return max_pool2d_with_switches_op(x, kernel_size, stride, padding, dilation, ceil_mode)
