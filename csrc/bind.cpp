@@ -1,0 +1,154 @@
+// The only file that knows Python: one m.def per entry point, and build_info().
+//
+// A tensor arrives as the tuple (data pointer, dtype code, sizes, strides); zfcore/ops/_boundary.py makes them, keeps
+// the memory alive and has checked every shape. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "dispatch.h"
+#include "max_pool2d_with_switches.h"
+#include "parallel.h"
+#include "unpool_relu2d.h"
+#include "unpool_relu_conv_transpose2d.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Quad = std::array<int64_t, 4>;
+using Pair = std::array<int64_t, 2>;
+using TensorTuple = std::tuple<uintptr_t, int, Quad, Quad>;
+using WindowTuple = std::tuple<Pair, Pair, Pair, Pair>;
+
+zf::View view(const TensorTuple& t) {
+  zf::View v;
+  v.data = reinterpret_cast<void*>(std::get<0>(t));
+  v.dtype = static_cast<zf::DType>(std::get<1>(t));
+  for (int i = 0; i < 4; ++i) v.size[i] = std::get<2>(t)[i], v.stride[i] = std::get<3>(t)[i];
+  return v;
+}
+
+zf::Window window(const WindowTuple& t) {
+  zf::Window w;
+  for (int i = 0; i < 2; ++i) {
+    w.kernel[i] = std::get<0>(t)[i];
+    w.stride[i] = std::get<1>(t)[i];
+    w.padding[i] = std::get<2>(t)[i];
+    w.dilation[i] = std::get<3>(t)[i];
+  }
+  return w;
+}
+
+// Outputs are fresh and dense. Bigger ones are faulted in by huge pages where the system allows it.
+zf::View output(const TensorTuple& t) {
+  const zf::View v = view(t);
+  static constexpr int64_t item[] = {4, 8, 2, 2, 1};
+  zf::advise_huge_pages(v.data, v.numel() * item[static_cast<int>(v.dtype)]);
+  return v;
+}
+
+zf::Overlap overlap(bool last) { return last ? zf::Overlap::last : zf::Overlap::sum; }
+
+zf::Isa isa_of(const std::string& name) {
+  for (zf::Isa isa : {zf::Isa::generic, zf::Isa::avx2, zf::Isa::avx512})
+    if (name == zf::isa_name(isa)) return isa;
+  throw py::value_error("isa must be 'generic', 'avx2' or 'avx512', got '" + name + "'");
+}
+
+py::dict build_info() {
+  py::dict d;
+  d["version"] = ZF_VERSION;
+#if defined(__VERSION__)
+  d["compiler"] = __VERSION__;
+#endif
+  d["build_type"] = ZF_BUILD_TYPE;
+  d["openmp"] = bool(ZF_WITH_OPENMP);
+  d["isas"] = ZF_ISAS;
+  d["with_cuda"] = bool(ZF_WITH_CUDA);
+  d["cuda_version"] = ZF_WITH_CUDA ? ZF_CUDA_VERSION : "";
+  d["cuda_architectures"] = ZF_WITH_CUDA ? ZF_CUDA_ARCHITECTURES : "";
+  d["sanitize"] = ZF_SANITIZE;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "zfcore's native kernels. Call them through zfcore.ops, which checks every argument.";
+  m.def("build_info", &build_info);
+  m.def("cpu_features", [] {
+    const zf::CpuFeatures& f = zf::cpu_features();
+    py::dict d;
+    d["avx2"] = f.avx2;
+    d["fma"] = f.fma;
+    d["f16c"] = f.f16c;
+    d["avx512f"] = f.avx512f;
+    d["avx512bw"] = f.avx512bw;
+    d["avx512vl"] = f.avx512vl;
+    d["avx512dq"] = f.avx512dq;
+    d["avx512_bf16"] = f.avx512_bf16;
+    return d;
+  });
+  m.def("cpu_isa", [] { return std::string(zf::isa_name(zf::active_isa())); });
+  m.def("set_cpu_isa", [](const std::string& name) { zf::set_active_isa(isa_of(name)); });
+  m.def("usable_isas", [] {
+    py::list names;
+    for (zf::Isa isa : {zf::Isa::generic, zf::Isa::avx2, zf::Isa::avx512})
+      if (zf::isa_usable(isa)) names.append(zf::isa_name(isa));
+    return names;
+  });
+
+  m.def("max_pool2d_with_switches_cpu", [](const TensorTuple& x, const TensorTuple& y, const TensorTuple& switches,
+                                           const WindowTuple& pool, int threads) {
+    py::gil_scoped_release release;
+    zf::max_pool2d_with_switches_cpu(view(x), output(y), output(switches), window(pool), threads);
+  });
+  m.def("unpool_relu2d_cpu", [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& out,
+                                const WindowTuple& pool, bool relu, bool overlap_last, int threads) {
+    py::gil_scoped_release release;
+    return zf::unpool_relu2d_cpu(view(y), view(switches), output(out), window(pool), relu, overlap(overlap_last),
+                                 threads);
+  });
+  m.def("pool_gather2d_cpu", [](const TensorTuple& x, const TensorTuple& switches, const TensorTuple& out,
+                                const WindowTuple& pool, bool overlap_last, int threads) {
+    py::gil_scoped_release release;
+    return zf::pool_gather2d_cpu(view(x), view(switches), output(out), window(pool), overlap(overlap_last), threads);
+  });
+  m.def("unpool_relu_conv_transpose2d_cpu",
+        [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& weight, const TensorTuple& out,
+           const Pair& unpooled, const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool overlap_last,
+           int threads) {
+          py::gil_scoped_release release;
+          return zf::unpool_relu_conv_transpose2d_cpu(view(y), view(switches), view(weight), output(out),
+                                                      unpooled.data(), window(pool), window(conv), groups,
+                                                      overlap(overlap_last), threads);
+        });
+
+#if ZF_WITH_CUDA
+  m.def("max_pool2d_with_switches_cuda", [](const TensorTuple& x, const TensorTuple& y, const TensorTuple& switches,
+                                            const WindowTuple& pool, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    zf::max_pool2d_with_switches_cuda(view(x), view(y), view(switches), window(pool), device,
+                                      reinterpret_cast<void*>(stream));
+  });
+  m.def("unpool_relu2d_cuda", [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& out,
+                                 const WindowTuple& pool, bool relu, bool overlap_last, uintptr_t bad, int device,
+                                 uintptr_t stream) {
+    py::gil_scoped_release release;
+    zf::unpool_relu2d_cuda(view(y), view(switches), view(out), window(pool), relu, overlap(overlap_last),
+                           reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
+  });
+  m.def("pool_gather2d_cuda", [](const TensorTuple& x, const TensorTuple& switches, const TensorTuple& out,
+                                 const WindowTuple& pool, bool overlap_last, uintptr_t bad, int device,
+                                 uintptr_t stream) {
+    py::gil_scoped_release release;
+    zf::pool_gather2d_cuda(view(x), view(switches), view(out), window(pool), overlap(overlap_last),
+                           reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
+  });
+#endif
+}

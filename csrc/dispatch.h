@@ -1,0 +1,34 @@
+// The CPU kernels exist once per instruction set, each in its own namespace; dispatch.cpp picks among them at run time.
+#pragma once
+#include <cstdint>
+
+#include "view.h"
+
+#define ZF_DECLARE_KERNELS(isa)                                                                                      \
+  namespace isa {                                                                                                    \
+  void max_pool2d_with_switches(const View&, const View&, const View&, const Window&, int);                          \
+  int64_t unpool_relu2d(const View&, const View&, const View&, const Window&, bool, Overlap, int);                   \
+  int64_t pool_gather2d(const View&, const View&, const View&, const Window&, Overlap, int);                         \
+  int64_t unpool_relu_conv_transpose2d(const View&, const View&, const View&, const View&, const int64_t[2],         \
+                                       const Window&, const Window&, int64_t, Overlap, int);                         \
+  }
+
+namespace zf {
+
+ZF_DECLARE_KERNELS(generic)
+ZF_DECLARE_KERNELS(avx2)
+ZF_DECLARE_KERNELS(avx512)
+
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2 };
+
+struct CpuFeatures {
+  bool avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16;
+};
+
+const CpuFeatures& cpu_features();
+bool isa_usable(Isa isa);  // built into this library, and this CPU has it
+Isa active_isa();
+void set_active_isa(Isa isa);  // throws std::invalid_argument when it is not usable
+const char* isa_name(Isa isa);
+
+}  // namespace zf

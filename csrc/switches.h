@@ -1,0 +1,157 @@
+// Checking and reading switches on the CPU: shared by unpooling, its transpose and the fused deconvnet step.
+#pragma once
+#include "parallel.h"
+#include "simd.h"
+#include "window.h"
+
+namespace zf {
+namespace ZF_ISA {
+namespace {
+
+// Whether the byte `s` of window (oy, ox) names a place inside the map; if so, where.
+inline bool switch_place(const Window& pool, int64_t oy, int64_t ox, int s, int64_t height, int64_t width, int64_t* y,
+                         int64_t* x) {
+  if (s >= pool.taps()) return false;
+  *y = oy * pool.stride[0] - pool.padding[0] + (s / pool.kernel[1]) * pool.dilation[0];
+  *x = ox * pool.stride[1] - pool.padding[1] + (s % pool.kernel[1]) * pool.dilation[1];
+  return *y >= 0 && *y < height && *x >= 0 && *x < width;
+}
+
+// Where each tap of a window lies, from the window's corner, in a map with the given row and column strides.
+struct TapOffsets {
+  int64_t tap[256] = {};
+  int64_t row, column;
+
+  TapOffsets(const Window& pool, int64_t row_stride, int64_t column_stride) : row(row_stride), column(column_stride) {
+    for (int64_t t = 0; t < pool.taps(); ++t)
+      tap[t] = (t / pool.kernel[1]) * pool.dilation[0] * row + (t % pool.kernel[1]) * pool.dilation[1] * column;
+  }
+  int64_t corner(const Window& pool, int64_t oy, int64_t ox) const {
+    return (oy * pool.stride[0] - pool.padding[0]) * row + (ox * pool.stride[1] - pool.padding[1]) * column;
+  }
+};
+
+// The linear NCHW index of the first switch that names no place inside the height x width map, or no_bad_switch.
+// Kernels run it first, so that they need no checks inside. Reads each byte once; whole windows compare one byte.
+inline int64_t find_bad_switch(const View& switches, const Window& pool, int64_t height, int64_t width, int threads) {
+  const Range inside_y = windows_inside(pool, 0, switches.h(), height);
+  const Range inside_x = windows_inside(pool, 1, switches.w(), width);
+  const bool by_channel = channels_contiguous(switches);
+  const int64_t outer = by_channel ? switches.h() : switches.c();
+  const int64_t taps = pool.taps();
+  int bad = 0;
+  int* const bad_flag = &bad;
+  const auto row_is_bad = [&](int64_t n, int64_t c0, int64_t channels, int64_t oy) {
+    for (int64_t ox = 0; ox < switches.w(); ++ox) {
+      const bool whole = oy >= inside_y.begin && oy < inside_y.end && ox >= inside_x.begin && ox < inside_x.end;
+      const uint8_t* p = at<uint8_t>(switches, n, c0, oy, ox);
+      if (whole) {
+        uint8_t largest = 0;
+        if (by_channel)
+          for (int64_t c = 0; c < channels; ++c) largest = p[c] > largest ? p[c] : largest;
+        else
+          for (; ox < inside_x.end; ++ox, p += switches.stride[3]) largest = *p > largest ? *p : largest;
+        if (!by_channel) --ox;
+        if (largest >= taps) return true;
+        continue;
+      }
+      int64_t y, x;
+      for (int64_t c = 0; c < channels; ++c)
+        if (!switch_place(pool, oy, ox, p[c * switches.stride[1]], height, width, &y, &x)) return true;
+    }
+    return false;
+  };
+  parallel_for(switches.n() * outer, 65536 / (switches.numel() / (switches.n() * outer) + 1), threads,
+               [&](int64_t begin, int64_t end) {
+                 bool found = false;
+                 for (int64_t i = begin; i < end && !found; ++i) {
+                   if (by_channel)
+                     found = row_is_bad(i / outer, 0, switches.c(), i % outer);
+                   else
+                     for (int64_t oy = 0; oy < switches.h() && !found; ++oy)
+                       found = row_is_bad(i / outer, i % outer, 1, oy);
+                 }
+                 if (found) __atomic_store_n(bad_flag, 1, __ATOMIC_RELAXED);
+               });
+  if (!bad) return no_bad_switch;
+  int64_t index = 0, y, x;  // rare: walk again in order, so that the error names the first
+  for (int64_t n = 0; n < switches.n(); ++n)
+    for (int64_t c = 0; c < switches.c(); ++c)
+      for (int64_t oy = 0; oy < switches.h(); ++oy)
+        for (int64_t ox = 0; ox < switches.w(); ++ox, ++index)
+          if (!switch_place(pool, oy, ox, *at<uint8_t>(switches, n, c, oy, ox), height, width, &y, &x)) return index;
+  return no_bad_switch;
+}
+
+// One place of the unpooled map for all channels: gathers, over the windows that have a tap there, the values whose
+// switch names it. Adding -0 changes no number, so the sum of "value or -0" keeps the sign of a lone -0.
+//
+// Windows: the list that `list_windows` made, each with the address of its values and switches for channel 0.
+template <class S>
+struct CoveringWindow {
+  const S* values;
+  const uint8_t* switches;
+  int32_t tap;
+};
+
+template <class S>
+int list_windows(const View& y, const View& switches, const Window& pool, int64_t n, int64_t place_y, int64_t place_x,
+                 CoveringWindow<S>* list) {
+  int count = 0;
+  windows_at(pool, 0, place_y, y.h(), [&](int64_t oy, int64_t ky) {
+    windows_at(pool, 1, place_x, y.w(), [&](int64_t ox, int64_t kx) {
+      list[count++] = {at<S>(y, n, 0, oy, ox), at<uint8_t>(switches, n, 0, oy, ox),
+                       int32_t(ky * pool.kernel[1] + kx)};
+    });
+  });
+  return count;
+}
+
+template <class S>
+inline typename Vec<typename Compute<S>::type>::type gather_vector(const CoveringWindow<S>* list, int count, int64_t c,
+                                                                  bool last) {
+  typedef typename Compute<S>::type T;
+  typedef typename Vec<T>::type V;
+  typedef typename Vec<T>::mask M;
+  const V minus_zero = splat(T(-0.0));
+  V sum = minus_zero;
+  M any{};
+  for (int i = 0; i < count; ++i) {
+    const M hit = load_bytes<T>(list[i].switches + c) == typename Vec<T>::lane(list[i].tap);
+    const V v = load_storage(list[i].values + c);
+    if (last)
+      sum = hit ? v : sum;
+    else
+      sum += hit ? v : minus_zero;
+    any |= hit;
+  }
+  return any ? sum : V{};
+}
+
+template <class S>
+inline typename Compute<S>::type gather_one(const CoveringWindow<S>* list, int count, int64_t c, bool last) {
+  typedef typename Compute<S>::type T;
+  T sum = T(-0.0);
+  bool any = false;
+  for (int i = 0; i < count; ++i)
+    if (list[i].switches[c] == list[i].tap) {
+      const T v = to_compute(list[i].values[c]);
+      sum = last ? v : sum + v;
+      any = true;
+    }
+  return any ? sum : T(0);
+}
+
+// The most windows that can have a tap at one place.
+inline int64_t most_covering(const Window& pool) {
+  int64_t most = 1;
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = pool.dilation[axis] * (pool.kernel[axis] - 1) / pool.stride[axis] + 1;
+    most *= reach < pool.kernel[axis] ? reach : pool.kernel[axis];
+  }
+  return most;
+}
+
+}  // namespace
+}  // namespace ZF_ISA
+}  // namespace zf

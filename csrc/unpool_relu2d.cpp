@@ -1,0 +1,165 @@
+// CPU kernels of unpool_relu2d and of its transpose, pool_gather2d. The contracts are in the header.
+//
+// Least traffic: one value and one byte in for each window, the whole map out: bound by memory. With channels
+// contiguous the map is gathered place by place and each place stored once; with rows contiguous a plane is
+// cleared and scattered into, one thread a plane, so that the order of the additions is fixed.
+#include "unpool_relu2d.h"
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "simd.h"
+#include "switches.h"
+#include "window.h"
+
+namespace zf {
+namespace ZF_ISA {
+namespace {
+
+template <class V>
+inline V relu_vector(V v) {
+  return v < 0 ? V{} : v;  // NaN and -0 pass through
+}
+template <class T>
+inline T relu_one(T v) {
+  return v < 0 ? T(0) : v;
+}
+
+template <class S>
+void unpool_rows_channels_last(const View& y, const View& switches, const View& out, const Window& pool, bool relu,
+                               bool last, int64_t begin, int64_t end) {
+  typedef typename Compute<S>::type T;
+  constexpr int lanes = Vec<T>::lanes;
+  auto* list =
+      static_cast<CoveringWindow<S>*>(thread_scratch(0, most_covering(pool) * int64_t(sizeof(CoveringWindow<S>))));
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / out.h(), place_y = row % out.h();
+    for (int64_t place_x = 0; place_x < out.w(); ++place_x) {
+      const int count = list_windows<S>(y, switches, pool, n, place_y, place_x, list);
+      S* p = at_mut<S>(out, n, 0, place_y, place_x);
+      int64_t c = 0;
+      for (; c + lanes <= out.c(); c += lanes) {
+        const auto v = gather_vector(list, count, c, last);
+        store_storage(p + c, relu ? relu_vector(v) : v);
+      }
+      for (; c < out.c(); ++c) {
+        const T v = gather_one(list, count, c, last);
+        from_compute(relu ? relu_one(v) : v, p + c);
+      }
+    }
+  }
+}
+
+template <class S>
+void unpool_planes(const View& y, const View& switches, const View& out, const Window& pool, bool relu, bool last,
+                   int64_t begin, int64_t end) {
+  typedef typename Compute<S>::type T;
+  const bool direct = sizeof(S) == sizeof(T) && out.stride[3] == 1 && out.stride[2] == out.w();
+  const int64_t places = out.h() * out.w();
+  const TapOffsets offsets(pool, out.w(), 1);
+  T* scratch = direct ? nullptr : static_cast<T*>(thread_scratch(0, places * int64_t(sizeof(T))));
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t n = index / out.c(), c = index % out.c();
+    T* plane = direct ? reinterpret_cast<T*>(at_mut<S>(out, n, c, 0, 0)) : scratch;
+    std::memset(plane, 0, size_t(places) * sizeof(T));
+    for (int64_t oy = 0; oy < y.h(); ++oy) {
+      const S* values = at<S>(y, n, c, oy, 0);
+      const uint8_t* row_switches = at<uint8_t>(switches, n, c, oy, 0);
+      for (int64_t ox = 0; ox < y.w(); ++ox) {
+        T& place = plane[offsets.corner(pool, oy, ox) + offsets.tap[row_switches[ox * switches.stride[3]]]];
+        const T v = to_compute(values[ox * y.stride[3]]);
+        place = last || place == 0 ? v : place + v;  // not 0 + v: a lone -0 keeps its sign
+      }
+    }
+    if (!direct || relu) {
+      for (int64_t place_y = 0; place_y < out.h(); ++place_y) {
+        S* p = at_mut<S>(out, n, c, place_y, 0);
+        const T* q = plane + place_y * out.w();
+        for (int64_t place_x = 0; place_x < out.w(); ++place_x)
+          from_compute(relu ? relu_one(q[place_x]) : q[place_x], p + place_x * out.stride[3]);
+      }
+    }
+  }
+}
+
+// Whether a later window, in raster order, names the same place for this channel.
+inline bool overwritten(const View& switches, const Window& pool, int64_t n, int64_t c, int64_t oy, int64_t ox,
+                        int64_t s) {
+  const int64_t place_y = oy * pool.stride[0] - pool.padding[0] + (s / pool.kernel[1]) * pool.dilation[0];
+  const int64_t place_x = ox * pool.stride[1] - pool.padding[1] + (s % pool.kernel[1]) * pool.dilation[1];
+  bool found = false;
+  windows_at(pool, 0, place_y, switches.h(), [&](int64_t later_y, int64_t ky) {
+    if (later_y < oy) return;
+    windows_at(pool, 1, place_x, switches.w(), [&](int64_t later_x, int64_t kx) {
+      if (later_y == oy && later_x <= ox) return;
+      found |= *at<uint8_t>(switches, n, c, later_y, later_x) == ky * pool.kernel[1] + kx;
+    });
+  });
+  return found;
+}
+
+template <class S>
+void gather_rows(const View& x, const View& switches, const View& out, const Window& pool, bool last, bool by_channel,
+                 int64_t begin, int64_t end) {
+  const int64_t inner = by_channel ? out.c() : out.h();
+  const int64_t outer = by_channel ? out.h() : out.c();
+  const TapOffsets offsets(pool, x.stride[2], x.stride[3]);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t n = index / outer;
+    const auto one = [&](int64_t c, int64_t oy, int64_t ox) {
+      const uint8_t s = *at<uint8_t>(switches, n, c, oy, ox);
+      S v = at<S>(x, n, c, 0, 0)[offsets.corner(pool, oy, ox) + offsets.tap[s]];
+      if (last && overwritten(switches, pool, n, c, oy, ox, s)) v = S{};
+      *at_mut<S>(out, n, c, oy, ox) = v;
+    };
+    if (by_channel) {
+      for (int64_t ox = 0; ox < out.w(); ++ox)
+        for (int64_t c = 0; c < inner; ++c) one(c, index % outer, ox);
+    } else {
+      for (int64_t oy = 0; oy < inner; ++oy)
+        for (int64_t ox = 0; ox < out.w(); ++ox) one(index % outer, oy, ox);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t unpool_relu2d(const View& y, const View& switches, const View& out, const Window& pool, bool relu,
+                      Overlap overlap, int threads) {
+  if (out.numel() == 0) return no_bad_switch;
+  const int64_t bad = find_bad_switch(switches, pool, out.h(), out.w(), threads);
+  if (bad != no_bad_switch) return bad;
+  const bool last = overlap == Overlap::last;
+  for_float_type(y.dtype, [&](auto* type) {
+    typedef typename Pointee<decltype(type)>::type S;
+    if (channels_contiguous(y) && channels_contiguous(switches) && channels_contiguous(out)) {
+      parallel_for(out.n() * out.h(), 16384 / (out.w() * out.c() + 1), threads, [&](int64_t begin, int64_t end) {
+        unpool_rows_channels_last<S>(y, switches, out, pool, relu, last, begin, end);
+      });
+    } else {
+      parallel_for(out.n() * out.c(), 16384 / (out.h() * out.w() + 1), threads, [&](int64_t begin, int64_t end) {
+        unpool_planes<S>(y, switches, out, pool, relu, last, begin, end);
+      });
+    }
+  });
+  return no_bad_switch;
+}
+
+int64_t pool_gather2d(const View& x, const View& switches, const View& out, const Window& pool, Overlap overlap,
+                      int threads) {
+  if (out.numel() == 0) return no_bad_switch;
+  const int64_t bad = find_bad_switch(switches, pool, x.h(), x.w(), threads);
+  if (bad != no_bad_switch) return bad;
+  const bool by_channel = channels_contiguous(x) && channels_contiguous(switches) && channels_contiguous(out);
+  const int64_t outer = by_channel ? out.h() : out.c();
+  for_float_type(x.dtype, [&](auto* type) {
+    typedef typename Pointee<decltype(type)>::type S;
+    parallel_for(out.n() * outer, 16384 / (out.numel() / (out.n() * outer) + 1), threads,
+                 [&](int64_t begin, int64_t end) {
+                   gather_rows<S>(x, switches, out, pool, overlap == Overlap::last, by_channel, begin, end);
+                 });
+  });
+  return no_bad_switch;
+}
+
+}  // namespace ZF_ISA
+}  // namespace zf

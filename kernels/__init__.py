@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``zfcore.kernels``. They import torch and triton, never zfcore."""
