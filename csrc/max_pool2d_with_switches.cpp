@@ -316,6 +316,9 @@ void pool_narrow(const View& x, const View& y, const View& switches, const Windo
 
 void max_pool2d_with_switches(const View& x, const View& y, const View& switches, const Window& pool, int threads) {
   if (y.numel() == 0) return;
+#if defined(ZF_PLANT_BUG)
+  static_cast<uint8_t*>(switches.data)[switches.numel()] = 0;  // the sanitizer run must catch this
+#endif
   for_float_type(x.dtype, [&](auto* type) {
     typedef typename Pointee<decltype(type)>::type S;
     const int64_t work = y.h() * y.w() * pool.taps();
