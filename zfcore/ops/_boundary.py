@@ -10,8 +10,22 @@ import functools
 
 import torch
 
-from zfcore.reference import _geometry
-from zfcore.reference._params import Pair, PoolParams
+from zfcore.reference._geometry import (
+    Spec,
+    Window,
+    bad_switch,
+    check_conv_transposed_size,
+    check_gather_switches,
+    check_map,
+    check_result,
+    check_switches,
+    check_unpooled_size,
+    check_weight,
+    conv_window,
+    pool_window,
+    pooled_size,
+)
+from zfcore.reference._params import ConvParams, Pair, PoolParams, overlap_mode
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
@@ -31,8 +45,9 @@ def stream(device: torch.device) -> int:
 def empty(like: torch.Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised result, with the channels last in memory where ``like``, dense or a part, has them last."""
     _, channel, _, column = like.stride()
-    layout = torch.channels_last if channel == 1 and column != 1 else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+    if channel == 1 and column != 1:
+        return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def filled(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -41,27 +56,61 @@ def filled(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def pool_plan(size: Pair, pool: PoolParams) -> tuple[Pair, _geometry.Window]:
-    """The pooled size and the kernels' window for a map of ``size``."""
-    pooled = _geometry.pooled_size(size, pool)
-    return pooled, _geometry.pool_window(size, pooled, pool)
+def pool_plan(x: Spec, pool: PoolParams) -> tuple[tuple, Window]:
+    """The shape of the pooled map and the kernels' window. Checks everything, once for equal arguments."""
+    check_map("x", x)
+    size = tuple(x.shape[2:])
+    pooled = pooled_size(size, pool)
+    return (*x.shape[:2], *pooled), pool_window(size, pooled, pool)
 
 
 @functools.lru_cache(maxsize=4096)
-def unpool_plan(pooled: Pair, size: Pair, pool: PoolParams) -> _geometry.Window:
-    """The kernels' window between a pooled map and a map of ``size``, which must pool to it."""
-    _geometry.check_unpooled_size(pooled, pool, size)
-    return _geometry.pool_window(size, pooled, pool)
+def unpool_plan(y: Spec, switches: Spec, pool: PoolParams, size: Pair, overlap: str) -> tuple[tuple, Window]:
+    """As ``pool_plan``, of unpooling to ``size``."""
+    check_map("y", y)
+    check_switches(y, switches)
+    overlap_mode(overlap)
+    pooled = tuple(y.shape[2:])
+    check_unpooled_size(pooled, pool, size)
+    check_result(y, *y.shape[:2], *size)
+    return (*y.shape[:2], *size), pool_window(size, pooled, pool)
 
 
 @functools.lru_cache(maxsize=4096)
-def step_plan(pooled, pool, conv, kernel, unpooled, size) -> tuple[_geometry.Window, _geometry.Window]:
-    """The kernels' windows of the pooling and the convolution of one fused step."""
-    _geometry.check_conv_transposed_size(pooled, pool, conv, kernel, unpooled, size)
-    return _geometry.pool_window(unpooled, pooled, pool), _geometry.conv_window(kernel, unpooled, conv)
+def gather_plan(x: Spec, switches: Spec, pool: PoolParams, overlap: str) -> Window:
+    """As ``pool_plan``, of reading the switches' places; the result has the shape of the switches."""
+    check_map("x", x)
+    check_gather_switches(x, switches)
+    overlap_mode(overlap)
+    size, pooled = tuple(x.shape[2:]), tuple(switches.shape[2:])
+    check_unpooled_size(pooled, pool, size)
+    return pool_window(size, pooled, pool)
 
 
-def raise_bad_switch(switches: torch.Tensor, index: int, size: Pair, window: _geometry.Window) -> None:
+@functools.lru_cache(maxsize=4096)
+def step_plan(
+    y: Spec,
+    switches: Spec,
+    weight: Spec,
+    pool: PoolParams,
+    conv: ConvParams,
+    unpooled: Pair,
+    size: Pair,
+    overlap: str,
+) -> tuple[tuple, Window, Window]:
+    """As ``pool_plan``, of the fused step, with the windows of the pooling and of the convolution."""
+    check_map("y", y)
+    check_switches(y, switches)
+    check_weight(y, weight, conv.groups)
+    overlap_mode(overlap)
+    pooled, kernel = tuple(y.shape[2:]), tuple(weight.shape[2:])
+    check_conv_transposed_size(pooled, pool, conv, kernel, unpooled, size)
+    shape = (y.shape[0], weight.shape[1] * conv.groups, *size)
+    check_result(y, *shape)
+    return shape, pool_window(unpooled, pooled, pool), conv_window(kernel, unpooled, conv)
+
+
+def raise_bad_switch(switches: torch.Tensor, index: int, size: Pair, window: Window) -> None:
     """Raise SwitchError for the linear index that a kernel returned, if it returned one."""
     if index >= 0:
-        raise _geometry.bad_switch(switches, index, size, window)
+        raise bad_switch(switches, index, size, window)

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -96,11 +96,6 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     return _forced(name)
 
 
-def forced_backend() -> str | None:
-    """The backend that ``use_backend`` forces in this thread, or None."""
-    return _choice.name
-
-
 def _refusal(name: str, op: str, kernels: Mapping[str, Callable], device: torch.device) -> str:
     """Why the backend cannot run the op on this device, or an empty string."""
     status = _status(name)
@@ -113,63 +108,80 @@ def _refusal(name: str, op: str, kernels: Mapping[str, Callable], device: torch.
     return ""
 
 
-class _Op:
-    """An op's kernels, and the choice among them."""
+# What tells a plain tensor in a plain call from one that needs the dispatcher. These are torch internals; without
+# them every call goes through the dispatcher, which costs some microseconds and changes nothing else.
+_INTERNALS = ("_dispatch_keys", "_len_torch_dispatch_stack", "_any_requires_grad", "_is_any_autocast_enabled")
+_can_tell_plain = all(hasattr(torch._C, name) for name in _INTERNALS)
+_plain_keys: list = []  # the dispatch keys of plain tensors, of each device that an op has run on
 
-    def __init__(self, name: str, kernels: Mapping[str, Callable]):
-        self.name = name
-        self.kernels = kernels
-        self.by_device: dict[str, Callable] = {}  # what each device type was found to run on
 
-    def __call__(self, x: torch.Tensor, *args: Any) -> Any:
-        if _choice.name is not None:
-            return self.forced(_choice.name, x.device)(x, *args)
-        kernel = self.by_device.get(x.device.type)
-        if kernel is None:
-            kernel = self.by_device[x.device.type] = self.default(x.device)
-        return kernel(x, *args)
+def _learn_plain(device: torch.device) -> None:
+    if not _can_tell_plain:
+        return
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys = torch._C._dispatch_keys(torch.empty(0, device=device))
+        if keys not in _plain_keys:
+            _plain_keys.append(keys)
 
-    def forced(self, name: str, device: torch.device) -> Callable:
-        refusal = _refusal(name, self.name, self.kernels, device)
-        if refusal:
-            raise BackendUnavailable(f"backend {name!r} cannot run {self.name} on {device}: {refusal}")
-        return self.kernels[name]
 
-    def default(self, device: torch.device) -> Callable:
-        if device.type in NAMES:
-            refusal = _refusal(device.type, self.name, self.kernels, device)
-        else:
-            refusal = f"there are no kernels for {device.type} tensors"
-        if not refusal:
-            return self.kernels[device.type]
-        warnings.warn(
-            f"zfcore.{self.name} runs on the reference (plain PyTorch, slower) for {device.type} tensors: {refusal}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return self.kernels["reference"]
+def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether nothing but the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
+        return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return False
+    return all(torch._C._dispatch_keys(x) in _plain_keys for x in tensors)
+
+
+def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> Callable:
+    if device.type in NAMES:
+        refusal = _refusal(device.type, op, kernels, device)
+    else:
+        refusal = f"there are no kernels for {device.type} tensors"
+    if not refusal:
+        _learn_plain(device)
+        return kernels[device.type]
+    warnings.warn(
+        f"zfcore.{op} runs on the reference (plain PyTorch, slower) for {device.type} tensors: {refusal}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return kernels["reference"]
 
 
 def register(
     schema: str,
     *,
+    tensors: int,
     kernels: Mapping[str, Callable],
     fake: Callable,
     setup_context: Callable,
     backward: Callable,
-) -> torch._ops.OpOverload:
-    """Register an op with its kernels by backend, its fake kernel and its gradient; returns the op to call.
+) -> Callable:
+    """Register an op with its kernels by backend, its fake kernel and its gradient; returns the function to call.
 
+    The first ``tensors`` arguments of the schema are tensors, and the first one's device chooses the backend.
     ``setup_context(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, which runs on the backend that the
     forward was forced to.
     """
     name = schema.split("(", 1)[0]
-    library.define(schema)
-    library.impl(name, _Op(name, kernels), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zfcore::{name}", fake, lib=library)
+    by_device: dict[str, Callable] = {}
+
+    def run(x, *args):
+        device = x.device
+        if _choice.name is not None:
+            refusal = _refusal(_choice.name, name, kernels, device)
+            if refusal:
+                raise BackendUnavailable(f"backend {_choice.name!r} cannot run {name} on {device}: {refusal}")
+            return kernels[_choice.name](x, *args)
+        kernel = by_device.get(device.type)
+        if kernel is None:
+            kernel = by_device[device.type] = _default(name, kernels, device)
+        return kernel(x, *args)
 
     def save(ctx, inputs, output):
-        ctx.backend = forced_backend()
+        ctx.backend = _choice.name
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
@@ -178,5 +190,15 @@ def register(
         with _forced(ctx.backend):
             return backward(ctx, *grads)
 
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zfcore::{name}", fake, lib=library)
     torch.library.register_autograd(f"zfcore::{name}", back, setup_context=save, lib=library)
-    return getattr(torch.ops.zfcore, name).default
+    overload = getattr(torch.ops.zfcore, name).default
+
+    def call(*args):
+        if torch.compiler.is_compiling() or not (_can_tell_plain and _is_plain(args[:tensors])):
+            return overload(*args)
+        return run(*args)
+
+    return call

@@ -8,7 +8,7 @@ from zfcore import reference
 from zfcore.ops import _boundary
 from zfcore.ops._library import native, register
 from zfcore.ops.unpool2d import unpool2d_op
-from zfcore.reference._geometry import check_map, check_tensor, pooled_size
+from zfcore.reference._geometry import check_map, check_tensor, pooled_size, spec
 from zfcore.reference._params import PoolParams, pool_params
 
 SCHEMA = (
@@ -17,39 +17,37 @@ SCHEMA = (
 )
 
 
-def _outputs(x, pooled):
-    shape = (x.size(0), x.size(1), *pooled)
+def _empty(x, shape):
     return _boundary.empty(x, shape, x.dtype), _boundary.empty(x, shape, torch.uint8)
 
 
-def _plan(x, kernel_size, stride, padding, dilation, ceil_mode):
-    check_map("x", x)
+def _prepare(x, kernel_size, stride, padding, dilation, ceil_mode):
     pool = PoolParams(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
-    return _boundary.pool_plan((x.size(2), x.size(3)), pool)
+    shape, window = _boundary.pool_plan(spec(x), pool)
+    return *_empty(x, shape), window
 
 
 def _fake(x, kernel_size, stride, padding, dilation, ceil_mode):
     check_map("x", x)
-    return _outputs(x, pooled_size(x.shape[2:], pool_params(kernel_size, stride, padding, dilation, ceil_mode)))
+    pooled = pooled_size(x.shape[2:], pool_params(kernel_size, stride, padding, dilation, ceil_mode))
+    return _empty(x, (*x.shape[:2], *pooled))
 
 
-def _reference(x, kernel_size, stride, padding, dilation, ceil_mode):
-    y, switches = reference.max_pool2d_with_switches(x, kernel_size, stride, padding, dilation, ceil_mode)
+def _reference(x, *args):
+    y, switches = reference.max_pool2d_with_switches(x, *args)
     return _boundary.filled(x, y), _boundary.filled(x, switches)
 
 
-def _cpu(x, kernel_size, stride, padding, dilation, ceil_mode):
-    pooled, window = _plan(x, kernel_size, stride, padding, dilation, ceil_mode)
-    y, switches = _outputs(x, pooled)
+def _cpu(x, *args):
+    y, switches, window = _prepare(x, *args)
     native.max_pool2d_with_switches_cpu(
         _boundary.view(x), _boundary.view(y), _boundary.view(switches), window, _boundary.threads()
     )
     return y, switches
 
 
-def _cuda(x, kernel_size, stride, padding, dilation, ceil_mode):
-    pooled, window = _plan(x, kernel_size, stride, padding, dilation, ceil_mode)
-    y, switches = _outputs(x, pooled)
+def _cuda(x, *args):
+    y, switches, window = _prepare(x, *args)
     native.max_pool2d_with_switches_cuda(
         _boundary.view(x),
         _boundary.view(y),
@@ -78,6 +76,7 @@ def _backward(ctx, grad_y, _):
 
 max_pool2d_with_switches_op = register(
     SCHEMA,
+    tensors=1,
     kernels={"reference": _reference, "cpu": _cpu, "cuda": _cuda},
     fake=_fake,
     setup_context=_setup_context,

@@ -6,7 +6,7 @@ from zfcore import reference
 from zfcore.ops import _boundary
 from zfcore.ops._library import native, register
 from zfcore.ops.unpool2d import unpool2d_op
-from zfcore.reference._geometry import check_gather_switches, check_map, check_tensor, check_unpooled_size
+from zfcore.reference._geometry import check_gather_switches, check_map, check_tensor, check_unpooled_size, spec
 from zfcore.reference._params import PoolParams, overlap_mode, pool_params
 
 SCHEMA = (
@@ -16,13 +16,9 @@ SCHEMA = (
 
 
 def _prepare(x, switches, kernel_size, stride, padding, dilation, overlap):
-    check_map("x", x)
-    check_gather_switches(x, switches)
-    overlap_mode(overlap)
-    size = (x.size(2), x.size(3))
     pool = PoolParams(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    window = _boundary.unpool_plan((switches.size(2), switches.size(3)), size, pool)
-    return _boundary.empty(x, switches.shape, x.dtype), size, window
+    window = _boundary.gather_plan(spec(x), spec(switches), pool, overlap)
+    return _boundary.empty(x, switches.shape, x.dtype), window
 
 
 def _fake(x, switches, kernel_size, stride, padding, dilation, overlap):
@@ -39,7 +35,7 @@ def _reference(x, *args):
 
 
 def _cpu(x, switches, *args):
-    out, size, window = _prepare(x, switches, *args)
+    out, window = _prepare(x, switches, *args)
     bad = native.pool_gather2d_cpu(
         _boundary.view(x),
         _boundary.view(switches),
@@ -48,12 +44,12 @@ def _cpu(x, switches, *args):
         args[-1] == "last",
         _boundary.threads(),
     )
-    _boundary.raise_bad_switch(switches, bad, size, window)
+    _boundary.raise_bad_switch(switches, bad, x.shape[2:], window)
     return out
 
 
 def _cuda(x, switches, *args):
-    out, _, window = _prepare(x, switches, *args)
+    out, window = _prepare(x, switches, *args)
     no_flag = 0  # reading a flag back would stop the stream: a bad switch reads nothing
     native.pool_gather2d_cuda(
         _boundary.view(x),
@@ -84,6 +80,7 @@ def _backward(ctx, grad_out):
 
 pool_gather2d_op = register(
     SCHEMA,
+    tensors=2,
     kernels={"reference": _reference, "cpu": _cpu, "cuda": _cuda},
     fake=_fake,
     setup_context=_setup_context,

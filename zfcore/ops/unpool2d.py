@@ -9,10 +9,10 @@ from zfcore.ops import _boundary
 from zfcore.ops._library import native, register
 from zfcore.reference._geometry import (
     check_map,
-    check_result,
     check_switches,
     check_tensor,
     check_unpooled_size,
+    spec,
     unpooled_size,
 )
 from zfcore.reference._params import PoolParams, overlap_mode, pool_params, size_pair
@@ -24,14 +24,9 @@ ARGUMENTS = (
 
 
 def _prepare(y, switches, kernel_size, stride, padding, dilation, output_size, overlap):
-    check_map("y", y)
-    check_switches(y, switches)
-    overlap_mode(overlap)
-    size = tuple(output_size)
     pool = PoolParams(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    window = _boundary.unpool_plan((y.size(2), y.size(3)), size, pool)
-    shape = (y.size(0), y.size(1), *size)
-    check_result(y, *shape)
+    size = tuple(output_size)
+    shape, window = _boundary.unpool_plan(spec(y), spec(switches), pool, size, overlap)
     return _boundary.empty(y, shape, y.dtype), size, window
 
 
@@ -100,6 +95,7 @@ def _backward(ctx, grad_out):
 
 unpool2d_op = register(
     "unpool2d" + ARGUMENTS,
+    tensors=2,
     kernels=kernels(relu=False),
     fake=fake,
     setup_context=_setup_context,

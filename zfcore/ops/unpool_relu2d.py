@@ -24,6 +24,7 @@ def _backward(ctx, grad_out):
 
 unpool_relu2d_op = register(
     "unpool_relu2d" + ARGUMENTS,
+    tensors=2,
     kernels=kernels(relu=True),
     fake=fake,
     setup_context=_setup_context,

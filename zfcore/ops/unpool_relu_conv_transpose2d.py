@@ -20,6 +20,7 @@ from zfcore.reference._geometry import (
     check_weight,
     conv_transposed_size,
     output_padding_of,
+    spec,
 )
 from zfcore.reference._params import (
     ConvParams,
@@ -74,17 +75,13 @@ def _reference(y, switches, weight, *args):
 
 
 def _cpu(y, switches, weight, *args):
-    check_map("y", y)
-    check_switches(y, switches)
-    overlap_mode(args[OVERLAP])
     pool = PoolParams(*map(tuple, args[POOL]))
-    conv = ConvParams(*map(tuple, args[CONV.start : CONV.stop - 1]), args[CONV.stop - 1])
-    check_weight(y, weight, conv.groups)
-    pooled, kernel = (y.size(2), y.size(3)), (weight.size(2), weight.size(3))
-    unpooled, size = tuple(args[UNPOOLED]), tuple(args[SIZE])
-    pool_window, conv_window = _boundary.step_plan(pooled, pool, conv, kernel, unpooled, size)
-    shape = _shape(y, weight, conv.groups, size)
-    check_result(y, *shape)
+    *window, groups = args[CONV]
+    conv = ConvParams(*map(tuple, window), groups)
+    unpooled, size, overlap = tuple(args[UNPOOLED]), tuple(args[SIZE]), args[OVERLAP]
+    shape, pool_window, conv_window = _boundary.step_plan(
+        spec(y), spec(switches), spec(weight), pool, conv, unpooled, size, overlap
+    )
     z = _boundary.empty(y, shape, y.dtype)
     weight = weight.contiguous()
     bad = native.unpool_relu_conv_transpose2d_cpu(
@@ -95,8 +92,8 @@ def _cpu(y, switches, weight, *args):
         unpooled,
         pool_window,
         conv_window,
-        conv.groups,
-        args[OVERLAP] == "last",
+        groups,
+        overlap == "last",
         _boundary.threads(),
     )
     _boundary.raise_bad_switch(switches, bad, unpooled, pool_window)
@@ -135,6 +132,7 @@ def _backward(ctx, grad_z):
 
 unpool_relu_conv_transpose2d_op = register(
     SCHEMA,
+    tensors=3,
     kernels={"reference": _reference, "cpu": _cpu},
     fake=_fake,
     setup_context=_setup_context,

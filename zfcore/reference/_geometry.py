@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -20,15 +21,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def check_map(name: str, x: torch.Tensor) -> None:
+class Spec(NamedTuple):
+    """What the checks below read of a tensor; it can be hashed, where a tensor's own values are not."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+
+
+def spec(x: torch.Tensor) -> Spec:
+    """The tensor's ``Spec``."""
+    return Spec(x.shape, x.dtype, x.layout, x.device)
+
+
+def check_map(name: str, x: torch.Tensor | Spec) -> None:
     """Refuse what is not a dense float map [N, C, H, W] with at least one channel."""
-    if x.dim() != 4:
+    if len(x.shape) != 4:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}: expected [N, C, H, W] or [C, H, W]")
     if x.dtype not in FLOATS:
         raise DtypeError(f"{name} has dtype {x.dtype}: expected float32, float64, bfloat16 or float16")
     if x.layout is not torch.strided:
         raise DtypeError(f"{name} has layout {x.layout}: expected a dense (strided) tensor")
-    if x.size(1) < 1:
+    if x.shape[1] < 1:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}: expected at least one channel")
 
 
@@ -161,12 +176,12 @@ def transposed_length(unpooled: Pair, conv: ConvParams, kernel: Pair, axis: int)
     return full - 2 * conv.padding[axis] + conv.output_padding[axis]
 
 
-def check_result(like: torch.Tensor, *shape: int) -> None:
+def check_result(like: torch.Tensor | Spec, *shape: int) -> None:
     """Refuse a result, of ``like``'s dtype and device, that no memory could hold, before anything is allocated."""
     count = 1
     for length in shape:
         count *= length
-    size = count * like.element_size()
+    size = count * like.dtype.itemsize
     if size > INT64_MAX:
         raise ShapeError(f"the result would have shape {show(shape)}, {show(size)} bytes: expected under 2**63")
     if size > 2**32 and like.device.type == "cpu" and size > _memory():
@@ -179,7 +194,7 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_switches(y: torch.Tensor, switches: torch.Tensor) -> None:
+def check_switches(y: torch.Tensor | Spec, switches: torch.Tensor | Spec) -> None:
     """Refuse switches that are not bytes of y's shape on y's device."""
     if switches.dtype is not torch.uint8:
         raise DtypeError(f"switches has dtype {switches.dtype}: expected torch.uint8")
@@ -191,11 +206,11 @@ def check_switches(y: torch.Tensor, switches: torch.Tensor) -> None:
         raise DeviceError(f"switches is on {switches.device}: expected {y.device}, where the pooled map is")
 
 
-def check_gather_switches(x: torch.Tensor, switches: torch.Tensor) -> None:
+def check_gather_switches(x: torch.Tensor | Spec, switches: torch.Tensor | Spec) -> None:
     """Refuse switches that are not bytes [N, C, Oh, Ow] with the N and C of the map x."""
     if switches.dtype is not torch.uint8:
         raise DtypeError(f"switches has dtype {switches.dtype}: expected torch.uint8")
-    if switches.dim() != 4 or switches.shape[:2] != x.shape[:2]:
+    if len(switches.shape) != 4 or switches.shape[:2] != x.shape[:2]:
         raise ShapeError(
             f"switches has shape {tuple(switches.shape)}: expected [N, C, Oh, Ow] with the N and C "
             f"of x, {tuple(x.shape)}"
@@ -255,20 +270,20 @@ def bad_switch(switches: torch.Tensor, index: int, size: Pair, window: Window) -
     return SwitchError(f"{said} names row {row}, column {column}: expected a place in the {size[0]}x{size[1]} map")
 
 
-def check_weight(y: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
+def check_weight(y: torch.Tensor | Spec, weight: torch.Tensor | Spec, groups: int) -> None:
     """Refuse a weight that is not [K, C/groups, kh, kw] for a y with K channels."""
-    if weight.dim() != 4:
+    if len(weight.shape) != 4:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected [K, C/groups, kh, kw]")
     for length in weight.shape:
         if length < 1:
             raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected no empty axis")
-    if weight.size(0) != y.size(1):
+    if weight.shape[0] != y.shape[1]:
         raise ShapeError(
-            f"weight has {weight.size(0)} output channels (axis 0): expected y's channels, {y.size(1)}"
+            f"weight has {weight.shape[0]} output channels (axis 0): expected y's channels, {y.shape[1]}"
         )
     if weight.dtype != y.dtype:
         raise DtypeError(f"weight has dtype {weight.dtype}: expected y's, {y.dtype}")
     if weight.device != y.device:
         raise DeviceError(f"weight is on {weight.device}: expected {y.device}, where y is")
-    if y.size(1) % groups != 0:
-        raise ArgumentError(f"groups={groups}: expected a divisor of y's {y.size(1)} channels")
+    if y.shape[1] % groups != 0:
+        raise ArgumentError(f"groups={groups}: expected a divisor of y's {y.shape[1]} channels")
