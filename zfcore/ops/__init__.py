@@ -1,4 +1,4 @@
-"""The operations of the deconvnet, each registered under ``torch.ops.zfcore`` and run on the best backend here."""
+"""The operations of the deconvnet, registered under ``torch.ops.zfcore``, each on the best backend here."""
 
 from zfcore.ops._library import BackendStatus, backends, use_backend
 from zfcore.ops.max_pool2d_with_switches import max_pool2d_with_switches

@@ -43,7 +43,7 @@ def stream(device: torch.device) -> int:
 
 
 def empty(like: torch.Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised result, with the channels last in memory where ``like``, dense or a part, has them last."""
+    """An uninitialised result, with the channels last in memory where ``like``, whole or a part, has them."""
     _, channel, _, column = like.stride()
     if channel == 1 and column != 1:
         return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
@@ -51,7 +51,7 @@ def empty(like: torch.Tensor, shape: tuple[int, int, int, int], dtype: torch.dty
 
 
 def filled(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``values`` in the layout of a result: what the reference computed, as a kernel would have written it."""
+    """``values``, which the reference computed, in the layout in which a kernel would have written them."""
     return empty(like, values.shape, values.dtype).copy_(values)
 
 

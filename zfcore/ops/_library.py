@@ -1,7 +1,7 @@
 """The one ``torch.library.Library("zfcore")``, and the choice of the backend that runs an op.
 
-The tensor's device chooses: CPU tensors run on the native kernels, CUDA tensors on the CUDA kernels, everything
-else on the reference. What falls back to the reference says so once, with the reason.
+The tensor's device chooses: CPU tensors run on the native kernels, CUDA tensors on the CUDA kernels,
+everything else on the reference. What falls back to the reference says so once, with the reason.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
     Raises:
         ArgumentError: there is no backend of that name.
-        BackendUnavailable: this install or machine does not have it; the message says why. An op raises it too,
-            when the backend has no kernel for that op or for its tensors' device.
+        BackendUnavailable: this install or machine does not have it; the message says why. An op raises it
+            too, when the backend has no kernel for that op or for its tensors' device.
     """
     if name not in NAMES:
         raise ArgumentError(f"name={name!r}: expected one of the backends {', '.join(NAMES)}")
@@ -108,8 +108,8 @@ def _refusal(name: str, op: str, kernels: Mapping[str, Callable], device: torch.
     return ""
 
 
-# What tells a plain tensor in a plain call from one that needs the dispatcher. These are torch internals; without
-# them every call goes through the dispatcher, which costs some microseconds and changes nothing else.
+# What tells a plain tensor in a plain call from one that needs the dispatcher. These are torch internals;
+# without them every call goes through the dispatcher, which costs some microseconds and changes nothing else.
 _INTERNALS = ("_dispatch_keys", "_len_torch_dispatch_stack", "_any_requires_grad", "_is_any_autocast_enabled")
 _can_tell_plain = all(hasattr(torch._C, name) for name in _INTERNALS)
 _plain_keys: list = []  # the dispatch keys of plain tensors, of each device that an op has run on
@@ -126,7 +126,7 @@ def _learn_plain(device: torch.device) -> None:
 
 
 def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether nothing but the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
+    """Whether only the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
@@ -159,11 +159,11 @@ def register(
     setup_context: Callable,
     backward: Callable,
 ) -> Callable:
-    """Register an op with its kernels by backend, its fake kernel and its gradient; returns the function to call.
+    """Register an op with its kernels by backend, its fake kernel and its gradient; returns the op to call.
 
     The first ``tensors`` arguments of the schema are tensors, and the first one's device chooses the backend.
-    ``setup_context(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, which runs on the backend that the
-    forward was forced to.
+    ``setup_context(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, which runs on the backend that
+    the forward was forced to.
     """
     name = schema.split("(", 1)[0]
     by_device: dict[str, Callable] = {}

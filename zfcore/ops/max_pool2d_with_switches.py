@@ -91,9 +91,9 @@ def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1,
         y_{n,c,o,q} = \max_{i,j} x_{n,c,\; o s_h - p_h + i d_h,\; q s_w - p_w + j d_w}, \qquad
         \mathrm{switches}_{n,c,o,q} = i^* k_w + j^*
 
-    over the taps (i, j) inside the map. The tap number counts from the corner of the unclipped window. Ties give
-    the first tap in raster order; NaN wins over every number, the last NaN over the others; a window of nothing
-    but -inf gives its first tap in the map.
+    over the taps (i, j) inside the map. The tap number counts from the corner of the unclipped window. Ties
+    give the first tap in raster order; NaN wins over every number, the last NaN over the others; a window of
+    nothing but -inf gives its first tap in the map.
 
     Args:
         x: [N, C, H, W] or [C, H, W], float32, float64, bfloat16 or float16, any strides.
@@ -104,12 +104,12 @@ def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1,
         ceil_mode: round the output size up, dropping windows that would start in the far padding.
 
     Returns:
-        y: [N, C, Oh, Ow], x's dtype. switches: [N, C, Oh, Ow] uint8, not differentiable. Both [C, Oh, Ow] for a
-        three-dimensional x, and channels_last where x is. Under autocast x keeps its dtype.
+        y: [N, C, Oh, Ow], x's dtype. switches: [N, C, Oh, Ow] uint8, not differentiable. Both are [C, Oh, Ow]
+        for a three-dimensional x, and channels_last where x is. Under autocast x keeps its dtype.
 
     Raises:
         ArgumentError: a pooling argument is out of range.
-        ShapeError: x is not three- or four-dimensional, has no channels or pixels, or is smaller than the window.
+        ShapeError: x is not three- or four-dimensional, is empty but for N, or is smaller than the window.
         DtypeError: x is not a dense floating-point tensor, or an argument's type is wrong.
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).

@@ -6,7 +6,13 @@ from zfcore import reference
 from zfcore.ops import _boundary
 from zfcore.ops._library import native, register
 from zfcore.ops.unpool2d import unpool2d_op
-from zfcore.reference._geometry import check_gather_switches, check_map, check_tensor, check_unpooled_size, spec
+from zfcore.reference._geometry import (
+    check_gather_switches,
+    check_map,
+    check_tensor,
+    check_unpooled_size,
+    spec,
+)
 from zfcore.reference._params import PoolParams, overlap_mode, pool_params
 
 SCHEMA = (
@@ -94,12 +100,12 @@ def pool_gather2d(x, switches, kernel_size, stride=None, padding=0, dilation=1, 
     .. math::
         \mathrm{out}_{n,c,o,q} = x_{n,c,\ \text{the place that switches}_{n,c,o,q}\ \text{names}}
 
-    With ``overlap="last"`` only the last window in raster order that names a place reads it, the others get 0.
+    With ``overlap="last"`` only the last window in raster order that names a place reads it; others get 0.
 
     Args:
         x: [N, C, H, W] or [C, H, W], float32, float64, bfloat16 or float16, any strides.
-        switches: [N, C, Oh, Ow] or [C, Oh, Ow], uint8, from ``max_pool2d_with_switches`` with the same window;
-            (H, W) must pool to (Oh, Ow), with or without ceil_mode.
+        switches: [N, C, Oh, Ow] or [C, Oh, Ow], uint8, from ``max_pool2d_with_switches`` with the same
+            window; (H, W) must pool to (Oh, Ow), with or without ceil_mode.
         kernel_size, stride, padding, dilation: the pooling window, as there.
         overlap: "sum" or "last", whose transpose this is.
 

@@ -123,31 +123,29 @@ def unpool2d(y, switches, kernel_size, stride=None, padding=0, dilation=1, outpu
     .. math::
         \mathrm{out}_{n,c,Y,X} = \sum_{o,q:\ \mathrm{switches}_{n,c,o,q}\ \mathrm{names}\ (Y,X)} y_{n,c,o,q}
 
-    Places that no switch names are 0. Windows that overlap can name one place several times: ``overlap="sum"``
-    adds their values, in raster order of the windows; ``overlap="last"`` keeps the last one, as
-    ``torch.nn.functional.max_unpool2d`` does on one thread.
+    Places that no switch names are 0. Windows that overlap can name one place several times:
+    ``overlap="sum"`` adds their values, in raster order of the windows; ``overlap="last"`` keeps the last
+    one, as ``torch.nn.functional.max_unpool2d`` does on one thread.
 
     Args:
         y: [N, C, Oh, Ow] or [C, Oh, Ow], float32, float64, bfloat16 or float16, any strides.
         switches: y's shape, uint8, from ``max_pool2d_with_switches`` with the same window.
         kernel_size, stride, padding, dilation: the pooling window, as there.
-        output_size: (H, W) in pixels; it must pool to (Oh, Ow), with or without ceil_mode. None for the smallest
-            such size, (Oh - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + 1.
+        output_size: (H, W) in pixels; it must pool to (Oh, Ow), with or without ceil_mode. None for the
+            smallest such size, (Oh - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + 1.
         overlap: "sum" or "last".
 
     Returns:
-        [N, C, H, W] or [C, H, W], y's dtype, channels_last where y is. NaN, infinities and -0 pass through; half
-        types are summed in float32 and rounded once. Under autocast y keeps its dtype.
+        [N, C, H, W] or [C, H, W], y's dtype, channels_last where y is. NaN, infinities and -0 pass through;
+        half types are summed in float32 and rounded once. Under autocast y keeps its dtype.
 
     Raises:
         ArgumentError: a window argument or overlap is out of range.
         ShapeError: the shapes of y, switches and output_size do not belong together.
-        DtypeError: y is not a dense floating-point tensor, switches not uint8, or an argument's type is wrong.
+        DtypeError: y is not a dense floating-point tensor, switches not uint8, or an argument's type wrong.
         SwitchError: a switch names no tap, or a place outside the map (on the CPU; the CUDA kernels, which
             never wait for the device, leave such a switch out).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling).
     """
-    return unpool(
-        unpool2d_op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap
-    )
+    return unpool(unpool2d_op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap)

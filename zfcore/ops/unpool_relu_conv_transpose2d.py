@@ -161,11 +161,12 @@ def unpool_relu_conv_transpose2d(
 
     .. math::
         u = \mathrm{relu}(\mathrm{unpool}(y, \mathrm{switches})), \qquad
-        z_{n,c,Y,X} = \sum_{k,i,j:\ Y = a s_h - p_h + i d_h,\ X = b s_w - p_w + j d_w} u_{n,k,a,b}\, w_{k,c,i,j}
+        z_{n,c,Y,X} = \sum_{k,i,j:\ Y = a s_h - p_h + i d_h,\ X = b s_w - p_w + j d_w}
+            u_{n,k,a,b}\, w_{k,c,i,j}
 
-    The unpooled map u is never in memory on the native backend. Products with an exact zero of u are left out, so
-    that 0 x inf and 0 x NaN of the weight give 0; ``strict_nan=True`` runs torch's dense transposed convolution,
-    which gives NaN there.
+    The unpooled map u is never in memory on the native backend. Products with an exact zero of u are left
+    out, so that 0 x inf and 0 x NaN of the weight give 0; ``strict_nan=True`` runs torch's dense transposed
+    convolution, which gives NaN there.
 
     Args:
         y: [N, K, Oh, Ow] or [K, Oh, Ow], float32, float64, bfloat16 or float16, any strides.
@@ -181,8 +182,8 @@ def unpool_relu_conv_transpose2d(
         strict_nan: multiply the zeros too.
 
     Returns:
-        z: [N, C, H, W] or [C, H, W], y's dtype, channels_last where y is. Half types accumulate in float32 and are
-        rounded once. Under autocast y and weight are cast once to its dtype, unless they are float64.
+        z: [N, C, H, W] or [C, H, W], y's dtype, channels_last where y is. Half types accumulate in float32
+        and are rounded once. Under autocast y and weight are cast once to its dtype, unless float64.
 
     Raises:
         ArgumentError: a window argument, groups or overlap is out of range.

@@ -64,7 +64,7 @@ def pooled_length(length: int, pool: PoolParams, axis: int, ceil_mode: bool) -> 
 
 
 def has_tap(length: int, pooled: int, pool: PoolParams, axis: int) -> bool:
-    """Whether every window has a tap inside the map. Only a dilated window that starts in the padding can miss."""
+    """Whether every window has a tap in the map. Only a dilated one that starts in the padding can miss."""
     _, s, p, d = (field[axis] for field in pool[:4])
     if p == 0 or d == 1:
         return True
@@ -101,7 +101,7 @@ def unpooled_size(pooled: Pair, pool: PoolParams, output_size: Pair | None) -> P
 
 
 def check_unpooled_size(pooled: Pair, pool: PoolParams, size: Pair) -> None:
-    """Refuse a ``size`` of the unpooled map that does not pool back to ``pooled``, with or without ceil_mode."""
+    """Refuse a ``size`` of the unpooled map that does not pool to ``pooled``, with or without ceil_mode."""
     for axis in (0, 1):
         length = size[axis]
         if pooled[axis] < 1:
@@ -111,8 +111,8 @@ def check_unpooled_size(pooled: Pair, pool: PoolParams, size: Pair) -> None:
             back == pooled[axis] or pooled_length(length, pool, axis, True) == pooled[axis]
         ):
             raise ShapeError(
-                f"output_size={show(tuple(size))}: expected a size that pools to y's {show(tuple(pooled))} with "
-                f"kernel_size={show(pool.kernel_size)}, stride={show(pool.stride)}, "
+                f"output_size={show(tuple(size))}: expected a size that pools to y's {show(tuple(pooled))} "
+                f"with kernel_size={show(pool.kernel_size)}, stride={show(pool.stride)}, "
                 f"padding={show(pool.padding)}, dilation={show(pool.dilation)}; "
                 f"it pools to {show(back)} in axis {axis - 2}"
             )
@@ -152,8 +152,8 @@ def check_conv_transposed_size(
     for axis in (0, 1):
         if size[axis] < 1 or unpooled[axis] < 1:
             raise ShapeError(
-                f"output_size={show(tuple(size))} from an unpooled map of {show(tuple(unpooled))}: expected at "
-                f"least one pixel in both; conv={show(conv)}, kernel {show(tuple(kernel))}"
+                f"output_size={show(tuple(size))} from an unpooled map of {show(tuple(unpooled))}: expected "
+                f"at least one pixel in both; conv={show(conv)}, kernel {show(tuple(kernel))}"
             )
         if not 0 <= extra[axis] < max(conv.stride[axis], conv.dilation[axis]):
             raise ShapeError(
@@ -177,13 +177,15 @@ def transposed_length(unpooled: Pair, conv: ConvParams, kernel: Pair, axis: int)
 
 
 def check_result(like: torch.Tensor | Spec, *shape: int) -> None:
-    """Refuse a result, of ``like``'s dtype and device, that no memory could hold, before anything is allocated."""
+    """Refuse a result, of ``like``'s dtype and device, that no memory could hold, before it is allocated."""
     count = 1
     for length in shape:
         count *= length
     size = count * like.dtype.itemsize
     if size > INT64_MAX:
-        raise ShapeError(f"the result would have shape {show(shape)}, {show(size)} bytes: expected under 2**63")
+        raise ShapeError(
+            f"the result would have shape {show(shape)}, {show(size)} bytes: expected under 2**63"
+        )
     if size > 2**32 and like.device.type == "cpu" and size > _memory():
         raise ShapeError(
             f"the result would have shape {show(shape)}, {show(size)} bytes: this machine has {_memory()}"
@@ -267,7 +269,9 @@ def bad_switch(switches: torch.Tensor, index: int, size: Pair, window: Window) -
     if byte >= kh * kw:
         return SwitchError(f"{said}: expected a tap of the {kh}x{kw} window, 0 to {kh * kw - 1}")
     row, column = oy * sh - ph + byte // kw * dh, ox * sw - pw + byte % kw * dw
-    return SwitchError(f"{said} names row {row}, column {column}: expected a place in the {size[0]}x{size[1]} map")
+    return SwitchError(
+        f"{said} names row {row}, column {column}: expected a place in the {size[0]}x{size[1]} map"
+    )
 
 
 def check_weight(y: torch.Tensor | Spec, weight: torch.Tensor | Spec, groups: int) -> None:

@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 
 
 class PoolParams(NamedTuple):
-    """A pooling window: the arguments of ``nn.MaxPool2d``, each an int or a pair (rows, columns), in pixels."""
+    """A pooling window, as in ``nn.MaxPool2d``: each an int or a pair (rows, columns), in pixels."""
 
     kernel_size: int | Pair
     stride: int | Pair | None = None
@@ -31,9 +31,10 @@ class PoolParams(NamedTuple):
 
 
 class ConvParams(NamedTuple):
-    """A convolution that is run backwards: the arguments of ``nn.Conv2d``, each an int or a pair, in pixels.
+    """A convolution that is run backwards, as in ``nn.Conv2d``: each an int or a pair, in pixels.
 
-    ``output_padding`` adds rows and columns at the bottom and right of the result, as in ``nn.ConvTranspose2d``.
+    ``output_padding`` adds rows and columns at the bottom and right of the result, as in
+    ``nn.ConvTranspose2d``.
     """
 
     stride: int | Pair = 1
@@ -176,7 +177,7 @@ def _conv_padding(conv: torch.nn.Conv2d) -> Pair:
         return 0, 0
     if conv.padding != "same":
         return conv.padding
-    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if any(r % 2 for r in reach):
         raise ArgumentError(
             f"conv has padding='same' with kernel_size={conv.kernel_size} and dilation={conv.dilation}, "

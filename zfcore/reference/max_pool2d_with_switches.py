@@ -11,8 +11,8 @@ from zfcore.reference._params import pool_params
 def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
     """y[n,c,oy,ox] = max over taps (ky,kx) of x[n,c, oy*s-p+ky*d, ox*s-p+kx*d]; switches = ky*kw + kx.
 
-    Taps outside the map take no part. Ties: the first tap in raster order. NaN wins over numbers, the last NaN
-    over the others. All -inf: the first tap in the map.
+    Taps outside the map take no part. Ties: the first tap in raster order. NaN wins over numbers, the last
+    NaN over the others. All -inf: the first tap in the map.
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).
     """
     if x.dim() == 3:

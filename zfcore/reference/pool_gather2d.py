@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from zfcore.errors import ShapeError
 from zfcore.reference._geometry import (
     check_gather_switches,
     check_map,
@@ -19,8 +18,8 @@ from zfcore.reference.unpool2d import last_window
 def pool_gather2d(x, switches, kernel_size, stride=None, padding=0, dilation=1, overlap="sum"):
     """out[n,c,oy,ox] = x[n,c, the place that switches[n,c,oy,ox] names].
 
-    overlap="last": only the last window in raster order that names a place reads it, the others get 0, which is
-    the transpose of unpooling with overlap="last".
+    overlap="last": only the last window in raster order that names a place reads it, the others get 0, which
+    is the transpose of unpooling with overlap="last".
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).
     """
     if x.dim() == 3:

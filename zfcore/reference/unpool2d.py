@@ -18,15 +18,22 @@ from zfcore.reference._params import overlap_mode, pool_params, size_pair
 
 
 def unpool2d(y, switches, kernel_size, stride=None, padding=0, dilation=1, output_size=None, overlap="sum"):
-    """out[n,c,Y,X] = sum of y[n,c,oy,ox] over the windows whose switch names (Y,X); the transpose of max-pooling.
+    """out[n,c,Y,X] = sum of y[n,c,oy,ox] over the windows whose switch names (Y,X).
 
-    overlap="last" keeps the last such window in raster order instead of the sum. Sums run in raster order of the
-    windows; half types accumulate in float32 and are rounded once.
+    overlap="last" keeps the last such window in raster order instead of the sum. Sums run in raster order of
+    the windows; half types accumulate in float32 and are rounded once.
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling).
     """
     if y.dim() == 3:
         out = unpool2d(
-            y.unsqueeze(0), switches.unsqueeze(0), kernel_size, stride, padding, dilation, output_size, overlap
+            y.unsqueeze(0),
+            switches.unsqueeze(0),
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            output_size,
+            overlap,
         )
         return out.squeeze(0)
     check_map("y", y)

@@ -22,7 +22,7 @@ from zfcore.reference.unpool_relu2d import unpool_relu2d
 def unpool_relu_conv_transpose2d(
     y, switches, weight, *, pool, conv=None, output_size=None, overlap="sum", strict_nan=False
 ):
-    """conv_transpose2d(relu(unpool2d(y, switches)), weight), accumulated in float32 at least and rounded once.
+    """conv_transpose2d(relu(unpool2d(y, switches)), weight); half types accumulate in float32, rounded once.
 
     Products with an exact zero of the unpooled map are left out, so 0 x inf and 0 x NaN of the weight give 0;
     strict_nan=True gives NaN there, as a dense convolution does.
