@@ -14,7 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CMAKE_OPTIONS = ("ZFCORE_CUDA", "ZFCORE_CUDA_ARCHITECTURES", "ZFCORE_THREADS", "ZFCORE_SANITIZE", "ZFCORE_PLANT_BUG")
+CMAKE_OPTIONS = ("ZFCORE_CUDA", "ZFCORE_CUDA_ARCHITECTURES", "ZFCORE_THREADS", "ZFCORE_SANITIZE")
 
 
 class CMakeBuild(build_ext):
