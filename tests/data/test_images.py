@@ -76,7 +76,7 @@ def _palette_with_transparency():
 
 
 def _bits():
-    array = (grey() > 100)
+    array = grey() > 100
     return Image.fromarray(array), np.where(array, 255, 0)
 
 
@@ -118,8 +118,15 @@ GOLDENS = [
         lambda: (Image.fromarray(colour()).convert("CMYK"), colour()),
         {},
     ),
-    ("YCbCr tiff", "a.tif", lambda: (Image.fromarray(colour()).convert("YCbCr"),
-                                     np.asarray(Image.fromarray(colour()).convert("YCbCr").convert("RGB"))), {}),
+    (
+        "YCbCr tiff",
+        "a.tif",
+        lambda: (
+            Image.fromarray(colour()).convert("YCbCr"),
+            np.asarray(Image.fromarray(colour()).convert("YCbCr").convert("RGB")),
+        ),
+        {},
+    ),
 ]
 
 
@@ -252,7 +259,8 @@ def test_resizing_is_antialiased_and_centred(tmp_path):
 
 
 FORMATS = {
-    "png": {}, "jpg": {"quality": 90}, "webp": {}, "gif": {}, "bmp": {}, "tif": {"compression": "tiff_lzw"}, "ppm": {},
+    "png": {}, "jpg": {"quality": 90}, "webp": {}, "gif": {}, "bmp": {}, "ppm": {},
+    "tif": {"compression": "tiff_lzw"},
 }  # fmt: skip
 
 
@@ -314,15 +322,23 @@ def test_mutated_files_never_crash(tmp_path):
 
 def _bomb(width, height):
     """A PNG that says it is width x height and holds next to nothing."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("width, height", [(9000, 9000), (12000, 9000), (60000, 60000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "width, height", [(9000, 9000), (12000, 9000), (60000, 60000), (2**31 - 1, 2**31 - 1)]
+)
 def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch, width, height):
     path = tmp_path / "bomb.png"
     path.write_bytes(_bomb(width, height))
@@ -396,7 +412,8 @@ def test_a_control_character_in_a_name_stays_inert(tmp_path):
     [
         ({"size": 0}, ArgumentError), ({"size": (3,)}, ArgumentError), ({"size": (3, -1)}, ArgumentError),
         ({"size": 2.5}, DtypeError), ({"size": True}, DtypeError), ({"channels": 2}, ArgumentError),
-        ({"channels": True}, ArgumentError), ({"max_pixels": 0}, ArgumentError), ({"max_pixels": "9"}, DtypeError),
+        ({"channels": True}, ArgumentError), ({"max_pixels": 0}, ArgumentError),
+        ({"max_pixels": "9"}, DtypeError),
     ],
 )  # fmt: skip
 def test_bad_arguments(tmp_path, options, error):

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from zfcore.errors import ArgumentError, DtypeError, ImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "FoundImages", "Picture", "find_images", "load_image", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "FoundImages",
+    "Picture",
+    "find_images",
+    "load_image",
+    "read_image",
+]
 
 # Only these decoders of Pillow ever see a file; the rest (EPS, FITS, PDF, ...) are attack surface.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -98,7 +107,9 @@ def read_image(
         except Image.DecompressionBombError as error:
             raise ImageError(f"{name}: larger than Pillow's own limit ({error})") from error
         except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{name}: not a picture of a kind that is read ({', '.join(FORMATS)})") from error
+            raise ImageError(
+                f"{name}: not a picture of a kind that is read ({', '.join(FORMATS)})"
+            ) from error
         except MemoryError as error:
             raise ImageError(f"{name}: decoding it takes more memory than there is") from error
         # Pillow's decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError,
