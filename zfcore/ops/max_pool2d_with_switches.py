@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
@@ -114,6 +115,10 @@ def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1,
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).
     """
+    if has_torch_function((x,)):
+        return handle_torch_function(
+            max_pool2d_with_switches, (x,), x, kernel_size, stride, padding, dilation, ceil_mode
+        )
     check_tensor("x", x)
     kernel_size, stride, padding, dilation, ceil_mode = pool_params(
         kernel_size, stride, padding, dilation, ceil_mode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.overrides import handle_torch_function, has_torch_function
+
 from zfcore import reference
 from zfcore.ops import _boundary
 from zfcore.ops._library import native, register
@@ -117,6 +119,10 @@ def pool_gather2d(x, switches, kernel_size, stride=None, padding=0, dilation=1, 
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (switches).
     """
+    if has_torch_function((x, switches)):
+        return handle_torch_function(
+            pool_gather2d, (x, switches), x, switches, kernel_size, stride, padding, dilation, overlap
+        )
     check_tensor("x", x)
     check_tensor("switches", switches)
     pool = pool_params(kernel_size, stride, padding, dilation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
@@ -103,8 +104,11 @@ unpool2d_op = register(
 )
 
 
-def unpool(op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap):
-    """Call ``op``, an unpooling op, with a user's arguments."""
+def unpool(public, op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap):
+    """Call ``op``, an unpooling op, with the arguments that ``public``, its function, was given."""
+    if has_torch_function((y, switches)):
+        window = kernel_size, stride, padding, dilation
+        return handle_torch_function(public, (y, switches), y, switches, *window, output_size, overlap)
     check_tensor("y", y)
     check_tensor("switches", switches)
     pool = pool_params(kernel_size, stride, padding, dilation)
@@ -148,4 +152,6 @@ def unpool2d(y, switches, kernel_size, stride=None, padding=0, dilation=1, outpu
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling).
     """
-    return unpool(unpool2d_op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap)
+    return unpool(
+        unpool2d, unpool2d_op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap
+    )

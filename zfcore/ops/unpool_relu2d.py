@@ -59,4 +59,15 @@ def unpool_relu2d(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling, rectification).
     """
-    return unpool(unpool_relu2d_op, y, switches, kernel_size, stride, padding, dilation, output_size, overlap)
+    return unpool(
+        unpool_relu2d,
+        unpool_relu2d_op,
+        y,
+        switches,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        output_size,
+        overlap,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.errors import DtypeError
@@ -194,6 +195,19 @@ def unpool_relu_conv_transpose2d(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling, rectification, filtering).
     """
+    if has_torch_function((y, switches, weight)):
+        return handle_torch_function(
+            unpool_relu_conv_transpose2d,
+            (y, switches, weight),
+            y,
+            switches,
+            weight,
+            pool=as_pool(pool),
+            conv=as_conv(conv),
+            output_size=output_size,
+            overlap=overlap,
+            strict_nan=strict_nan,
+        )
     check_tensor("y", y)
     check_tensor("switches", switches)
     check_tensor("weight", weight)

@@ -73,7 +73,7 @@ def has_tap(length: int, pooled: int, pool: PoolParams, axis: int) -> bool:
 
 def pooled_size(size: Pair, pool: PoolParams) -> Pair:
     """(H, W) of the pooled map of a map of ``size``."""
-    for length, what in zip(size, ("rows", "columns")):
+    for length, what in zip(size, ("rows", "columns"), strict=True):
         if length < 1:
             raise ShapeError(f"x has {length} {what}: expected at least 1")
     pooled = tuple(pooled_length(size[axis], pool, axis, pool.ceil_mode) for axis in (0, 1))
