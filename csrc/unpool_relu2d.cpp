@@ -70,14 +70,14 @@ void unpool_planes(const View& y, const View& switches, const View& out, const W
         place = last || place == 0 ? v : place + v;  // not 0 + v: a lone -0 keeps its sign
       }
     }
-    if (!direct || relu) {
+    if (relu)  // after the sum: what overlapping windows add up to is rectified, not each of them
+      for (int64_t i = 0; i < places; ++i) plane[i] = relu_one(plane[i]);
+    if (!direct)
       for (int64_t place_y = 0; place_y < out.h(); ++place_y) {
         S* p = at_mut<S>(out, n, c, place_y, 0);
         const T* q = plane + place_y * out.w();
-        for (int64_t place_x = 0; place_x < out.w(); ++place_x)
-          from_compute(relu ? relu_one(q[place_x]) : q[place_x], p + place_x * out.stride[3]);
+        for (int64_t place_x = 0; place_x < out.w(); ++place_x) from_compute(q[place_x], p + place_x * out.stride[3]);
       }
-    }
   }
 }
 

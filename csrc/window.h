@@ -40,7 +40,10 @@ inline void windows_at(const Window& pool, int axis, int64_t position, int64_t c
   int64_t o = shifted > reach ? ceil_div(shifted - reach, s) : 0;
   for (; o < count && o * s <= shifted; ++o) {
     const int64_t offset = shifted - o * s;
-    if (offset % d == 0) f(o, offset / d);
+    if (d == 1)  // nearly always, and a division costs as much as the vector work of a window
+      f(o, offset);
+    else if (offset % d == 0)
+      f(o, offset / d);
   }
 }
 
