@@ -1,0 +1,637 @@
+"""Occlusion sensitivity: how a box moved over the picture changes what a network answers.
+
+Every box position of every image is one row of a batch, so positions of several images share a forward.
+One scratch buffer holds the batch for the whole call: a row gets its image once, and from one position
+to the next only the pixels under the old and the new box are written.
+"""
+
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from zfcore.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    UnitNotFound,
+)
+
+__all__ = ["Occlusion", "occlusion_map"]
+
+SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets one batch's pixels and feature maps take
+SCORES = ("probability", "logit")
+PRECISIONS = ("exact", "bf16")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Occlusion:
+    """What `occlusion_map` measured: N images, a grid of Gy x Gx box positions.
+
+    scores:           [N, Gy, Gx] float, the target's score with the box at each position.
+    labels:           [N, Gy, Gx] int64, the most probable class there; None when a callable `score` reads
+                      an output that is not (N, classes).
+    activation:       [N, Gy, Gx] float, the sum over the feature map of `feature`; None without one.
+    clean:            [N] float, the score with no box.
+    boxes:            [Gy, Gx, 4] int64: y0, x0, y1, x1 in pixels, y1 and x1 one past the last; clipped to
+                      the image.
+    clean_labels:     [N] int64, the most probable class with no box; None where `labels` is.
+    targets:          [N] int64, the class each score is of; None where `labels` is and none were given.
+    clean_activation: [N] float, the activation with no box; None without a feature.
+    units:            [N] int64, the unit of the feature's layer that was summed; None without a feature.
+    image_size:       (H, W) in pixels.
+    """
+
+    scores: Tensor
+    labels: Tensor | None
+    activation: Tensor | None
+    clean: Tensor
+    boxes: Tensor
+    clean_labels: Tensor | None
+    targets: Tensor | None
+    clean_activation: Tensor | None
+    units: Tensor | None
+    image_size: tuple[int, int]
+
+    def heatmap(self) -> Tensor:
+        """The mean drop of the score over the boxes that cover each pixel.
+
+            heat[n, y, x] = mean over {b : b covers (y, x)} of clean[n] - scores[n, b]
+
+        Returns: [N, H, W], the dtype of `scores`. Positive where hiding the pixel cost the target its
+        score. Every box counts with weight one at each pixel it covers, a clipped box too, which equals
+        `captum.attr.Occlusion`. A pixel that no box covers (stride greater than box) is NaN, and so is
+        one under a box whose score is not finite.
+
+        Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
+        """
+        return self._spread(self.clean[:, None, None] - self.scores)
+
+    def activation_heatmap(self) -> Tensor:
+        """The mean drop of the feature map's total activation, as `heatmap` has it for the score.
+
+        Returns: [N, H, W]. Raises ArgumentError when the map was made without `feature`.
+        """
+        if self.activation is None:
+            raise ArgumentError("activation_heatmap: no feature was measured; pass feature=(layer, unit)")
+        return self._spread(self.clean_activation[:, None, None] - self.activation)
+
+    def _spread(self, drop: Tensor) -> Tensor:
+        """[N, Gy, Gx] one value a box -> [N, H, W] its mean over the boxes that cover a pixel."""
+        height, width = self.image_size
+        rows = _covers(self.boxes[:, 0, 0], self.boxes[:, 0, 2], height)  # [Gy, H]
+        columns = _covers(self.boxes[0, :, 1], self.boxes[0, :, 3], width)  # [Gx, W]
+        # A box is a product of two intervals, so the sum over boxes is two small matrix products. NaN and
+        # infinity are kept out of them: zero times NaN would spread over the whole image.
+        finite = drop.isfinite()
+        total = rows.T @ torch.where(finite, drop, 0).double() @ columns  # [N, H, W]
+        lost = rows.T @ (~finite).double() @ columns
+        count = rows.sum(0)[:, None] * columns.sum(0)[None, :]
+        mean = torch.where((count > 0) & (lost == 0), total / count.clamp(min=1), math.nan)
+        return mean.to(drop.dtype)
+
+    def __repr__(self) -> str:
+        images, gy, gx = self.scores.shape
+        height, width = self.image_size
+        feature = "" if self.activation is None else ", activation"
+        return (
+            f"Occlusion({images} image{'' if images == 1 else 's'} of {height} x {width}, "
+            f"grid {gy} x {gx}{feature}, {self.scores.dtype}, {self.scores.device})"
+        )
+
+
+def occlusion_map(
+    model: nn.Module,
+    images: Tensor,
+    targets: "int | Tensor | list[int] | None" = None,
+    *,
+    box: "int | tuple[int, int]" = 32,
+    stride: "int | tuple[int, int]" = 8,
+    fill: "float | Tensor | list[float]" = 0.0,
+    score: "str | Callable[[object], Tensor]" = "probability",
+    feature: "tuple[str | nn.Module, int | Tensor | list[int] | None] | None" = None,
+    precision: str = "exact",
+    batch_size: int | None = None,
+    strict: bool = False,
+    progress: bool = False,
+) -> Occlusion:
+    """Score the images with a box of `fill` at every position of a grid.
+
+        scores[n, i, j] = score of model(images[n] with box (i, j) painted over)[targets[n]]
+
+    The grid has ceil((size - box) / stride) + 1 starts on an axis, at multiples of the stride; the last
+    box is clipped at the image's edge. A box that is as long as the image or longer has one position and
+    covers that axis whole.
+
+    model:      an nn.Module, in eval mode for the call and restored after, whatever happens.
+    images:     [N, C, H, W] or [C, H, W] (then N = 1), any float dtype, any layout, on the model's device;
+                as the network takes them, that is normalised. Cast to the dtype of the model's parameters.
+    targets:    class indices [N], one int for all images, or None for each image's own top class.
+    box:        the box's side in pixels, an int or (height, width). `stride`: the same, in pixels.
+    fill:       what the box shows: a number, a colour [C], or a picture [C, H, W] or [N, C, H, W].
+    score:      "probability", the softmax of the network's output (N, classes), which must be logits;
+                "logit", the output itself; or a callable from the network's output (whatever it is) for
+                some rows to their scores (rows,), for which `targets` play no part. Rows of several
+                images and positions stand in one batch.
+    feature:    (layer, unit): also sum that unit's map at every position, in the same pass. The layer is
+                a dotted name ("features.10", or "relu@0" for the first call of a module called several
+                times) or a module; the unit is an int, one int for each image, or None for each
+                image's own strongest map on the clean image.
+    precision:  "exact" (the parameters' own dtype, fp32 for most; autocast and TF32 are off for the call) or
+                "bf16" (convolutions and matrix products read bf16 and accumulate in fp32).
+    batch_size: positions in one forward; None chooses so that pixels and feature maps take about 256 MB.
+    strict:     raise UnsupportedOperation for a network that zfcore.network cannot read, where otherwise
+                plain batched forwards give the same answer.
+    progress:   draw a bar that counts box positions done.
+
+    Returns: `Occlusion`, on the images' device; floats in at least fp32.
+    Raises: ArgumentError, ShapeError, DtypeError, DeviceError, UnitNotFound (a class or unit outside the
+    network's), LayerNotFound, UnsupportedOperation.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2 and figure 7.
+    """
+    images = _as_batch(model, images)
+    if not (callable(score) or score in SCORES):
+        raise ArgumentError(f"score: {score!r}; expected one of {SCORES} or a callable")
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
+    if precision == "bf16" and images.dtype == torch.float64:
+        raise ArgumentError("precision: 'bf16' with float64 parameters; expected float32 or narrower ones")
+    if batch_size is not None:
+        batch_size = _whole("batch_size", batch_size)
+    grid = _Grid.over(images.shape[-2:], _pair("box", box), _pair("stride", stride))
+    fill = _as_picture(fill, images)
+    answers = _Answers(score, targets, images)
+    totals = None if feature is None else _FeatureTotals(model, feature, images)
+
+    def look(rows: Tensor, owners: Tensor, clean: bool) -> list[Tensor | None]:
+        """One forward: the rows' scores, labels and activation; owners [rows] are their image indices."""
+        if totals is not None:
+            totals.expect(owners, clean)
+        output = model(rows)
+        scores, labels = answers.read(output, owners, clean)
+        return [scores, labels, None if totals is None else totals.take()]
+
+    count, device = len(images), images.device
+    with evaluation(model), _arithmetic(precision, device), torch.no_grad(), totals or nullcontext():
+        if strict:
+            read_network(model, images[:1])
+        with _LargestResult() as largest:
+            clean = [look(images[:1], torch.arange(min(count, 1), device=device), True)]
+        if batch_size is None:
+            batch_size = largest.batch_size(images)
+        for start in range(1, count, batch_size):
+            rows = images[start : start + batch_size]
+            clean.append(look(rows, torch.arange(start, start + len(rows), device=device), True))
+
+        occluded = [
+            [None if part is None else part[:0] for part in clean[0]]
+        ]  # so that no image gives no rows
+        with tqdm(total=count * len(grid), unit="box", desc="occlusion", disable=not progress) as bar:
+            for rows, owners in _occluded_batches(images, fill, grid, batch_size):
+                occluded.append(look(rows, owners, False))
+                if progress and device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()  # a queued forward is not a done one
+                bar.update(len(rows))
+
+    scores, labels, activation = (_joined(parts) for parts in zip(*occluded, strict=True))
+    clean_scores, clean_labels, clean_activation = (_joined(parts) for parts in zip(*clean, strict=True))
+    shape = (count, grid.rows, grid.columns)
+    return Occlusion(
+        scores=scores.view(shape),
+        labels=None if labels is None else labels.view(shape),
+        activation=None if activation is None else activation.view(shape),
+        clean=clean_scores,
+        boxes=grid.boxes().to(device),
+        clean_labels=clean_labels,
+        targets=answers.targets,
+        clean_activation=clean_activation,
+        units=None if totals is None else totals.units,
+        image_size=grid.size,
+    )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The box positions of one image: per axis the first pixel and the one past the last."""
+
+    size: tuple[int, int]
+    y: tuple[tuple[int, int], ...]
+    x: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def over(cls, size: tuple[int, int], box: tuple[int, int], stride: tuple[int, int]) -> "_Grid":
+        axes = []
+        for length, side, step in zip(size, box, stride, strict=True):
+            count = -(-max(length - side, 0) // step) + 1  # ceil((length - side) / step) + 1
+            axes.append(tuple((i * step, min(i * step + side, length)) for i in range(count)))
+        return cls(tuple(size), *axes)
+
+    @property
+    def rows(self) -> int:
+        return len(self.y)
+
+    @property
+    def columns(self) -> int:
+        return len(self.x)
+
+    def __len__(self) -> int:
+        return self.rows * self.columns
+
+    def __getitem__(self, position: int) -> tuple[slice, slice]:
+        row, column = divmod(position, self.columns)
+        return slice(*self.y[row]), slice(*self.x[column])
+
+    def boxes(self) -> Tensor:
+        y = torch.tensor(self.y)[:, None].expand(-1, self.columns, -1)  # [Gy, Gx, 2]
+        x = torch.tensor(self.x)[None].expand(self.rows, -1, -1)
+        return torch.stack([y[..., 0], x[..., 0], y[..., 1], x[..., 1]], dim=-1)
+
+
+def _occluded_batches(
+    images: Tensor, fill: Tensor, grid: _Grid, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image with every box, in order: rows [B, C, H, W] of one reused buffer, and their images [B].
+
+    fill: [N, C, H, W] (expanded, so it costs nothing where it is one colour).
+    """
+    total = len(images) * len(grid)
+    if not total:
+        return
+    scratch = torch.empty_like(
+        images[:1].expand(min(batch_size, total), -1, -1, -1), memory_format=_format(images)
+    )
+    holds = [(-1, 0)] * len(scratch)  # the image and position that each row of the buffer shows
+    for start in range(0, total, batch_size):
+        used = min(batch_size, total - start)
+        for row in range(used):
+            image, position = divmod(start + row, len(grid))
+            shown, covered = holds[row]
+            if shown == image:
+                y, x = grid[covered]
+                scratch[row, :, y, x] = images[image, :, y, x]
+            else:
+                scratch[row] = images[image]
+            y, x = grid[position]
+            scratch[row, :, y, x] = fill[image, :, y, x]
+            holds[row] = (image, position)
+        owners = torch.arange(start, start + used, device=images.device) // len(grid)
+        yield scratch[:used], owners
+
+
+class _Answers:
+    """Reads scores and labels from what the network returns.
+
+    targets: [N] int64; where none were given, filled with each image's own top class by the clean pass.
+    """
+
+    def __init__(self, score: str | Callable[[object], Tensor], targets: object, images: Tensor):
+        self.score = score
+        self.chosen = targets is None
+        self.targets = None if targets is None else _indices("targets", targets, images)
+        self.count, self.device = len(images), images.device
+
+    def read(self, output: object, owners: Tensor, clean: bool) -> tuple[Tensor, Tensor | None]:
+        rows = len(owners)
+        table = isinstance(output, Tensor) and output.dim() == 2 and len(output) == rows
+        if callable(self.score):
+            scores = self._called(output, rows)
+            if not (table and output.is_floating_point()):
+                return scores, None
+            labels = output.argmax(1)
+            self._choose(labels, owners, clean)
+            return scores, labels
+        if not table or not output.is_floating_point():
+            raise ArgumentError(
+                f"score: {self.score!r} reads a floating point output (images, classes); the network "
+                f"returned {_described(output)} for {rows} images; pass a callable that turns it into "
+                f"({rows},) scores"
+            )
+        logits = output.to(torch.promote_types(output.dtype, torch.float32))
+        if clean:
+            self._check(logits, output.dtype)
+        labels = logits.argmax(1)
+        self._choose(labels, owners, clean)
+        values = logits.softmax(1) if self.score == "probability" else logits
+        return values.gather(1, self.targets[owners][:, None])[:, 0], labels
+
+    def _choose(self, labels: Tensor, owners: Tensor, clean: bool) -> None:
+        if self.chosen and clean:
+            if self.targets is None:
+                self.targets = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+            self.targets[owners] = labels
+
+    def _check(self, logits: Tensor, dtype: torch.dtype) -> None:
+        classes = logits.shape[1]
+        if self.score == "probability" and classes == 1:
+            raise ArgumentError(
+                "score: 'probability' of a network with one output, whose softmax is always 1; expected "
+                "'logit', or a callable such as lambda out: out[:, 0].sigmoid()"
+            )
+        if self.score == "probability" and len(logits) and _is_distribution(logits, dtype):
+            raise ArgumentError(
+                "score: 'probability' takes the softmax of logits, and the network's outputs are "
+                "probabilities already (none negative, their sum 1); expected score='logit', which takes "
+                "them as they are"
+            )
+        if not self.chosen and self.count and int(self.targets.max()) >= classes:
+            raise UnitNotFound(f"targets: class {int(self.targets.max())}; expected 0 to {classes - 1}")
+
+    def _called(self, output: object, rows: int) -> Tensor:
+        scores = self.score(output)
+        if not isinstance(scores, Tensor) or scores.shape != (rows,):
+            raise ShapeError(
+                f"score: the callable returned {_described(scores)} for {rows} images; "
+                f"expected a tensor ({rows},)"
+            )
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class _FeatureTotals:
+    """Sums one unit's map of a layer in every forward of this thread, while entered.
+
+    units: [N] int64; where the unit is None, filled with each image's strongest map by the clean pass.
+    """
+
+    def __init__(self, model: nn.Module, feature: object, images: Tensor):
+        if not (isinstance(feature, (tuple, list)) and len(feature) == 2):
+            raise ArgumentError(f"feature: {feature!r}; expected a pair (layer, unit)")
+        layer, unit = feature
+        self.layer = find_layer(model, layer)
+        self.chosen = unit is None
+        if unit is None:
+            self.units = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        else:
+            self.units = _indices("feature's unit", unit, images)
+
+    def expect(self, owners: Tensor, clean: bool) -> None:
+        self.owners, self.clean, self.calls, self.total = owners, clean, 0, None
+
+    def take(self) -> Tensor:
+        if self.total is None:
+            raise ArgumentError(
+                f"feature: layer {self.layer} did not run in the forward; expected one that does"
+            )
+        return self.total
+
+    def __enter__(self) -> None:
+        self.thread = threading.get_ident()
+        self.handle = self.layer.module.register_forward_hook(self._see)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _see(self, _module: nn.Module, _inputs: object, output: object) -> None:
+        # The model may serve other threads; their forwards are not this call's.
+        if threading.get_ident() != self.thread:
+            return
+        call, self.calls = self.calls, self.calls + 1
+        if self.layer.call is not None and call != self.layer.call:
+            return
+        rows = len(self.owners)
+        if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == rows):
+            raise ShapeError(
+                f"feature: layer {self.layer} returned {_described(output)} for {rows} images; "
+                "expected a tensor (images, units, ...)"
+            )
+        if self.clean and rows and not self.chosen and (highest := int(self.units.max())) >= output.shape[1]:
+            raise UnitNotFound(
+                f"feature: unit {highest} of layer {self.layer}; expected 0 to {output.shape[1] - 1}"
+            )
+        # Summed here and now: what follows in the forward may write over the map in place.
+        wide = torch.promote_types(output.dtype, torch.float32)
+        if self.chosen and self.clean:
+            every = output.reshape(*output.shape[:2], math.prod(output.shape[2:])).sum(2, dtype=wide)
+            self.units[self.owners] = every.argmax(1)
+        maps = output[torch.arange(rows, device=output.device), self.units[self.owners]]  # [B, ...]
+        self.total = maps.reshape(rows, math.prod(maps.shape[1:])).sum(1, dtype=wide)
+
+
+class _LargestResult(TorchFunctionMode):
+    """Notes the largest tensor that any operation returns, while entered, in this thread only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+    def batch_size(self, images: Tensor) -> int:
+        """How many rows fit the scratch: a row is its pixels and an operation's input and output."""
+        return max(1, SCRATCH_BYTES // (images[:1].nbytes + 2 * self.bytes or 1))
+
+
+class _FullPrecision:
+    """fp32 products in fp32: no TF32 in cuDNN, no narrow matrix products.
+
+    These switches are the process's, so the first user turns them and the last one turns them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.undo = [self._matrix_products(), self._convolutions()]
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                for undo in self.undo:
+                    undo()
+
+    @staticmethod
+    def _matrix_products() -> Callable[[], None]:
+        before = torch.get_float32_matmul_precision()
+        if before == "highest":
+            return lambda: None
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(before)
+
+    @staticmethod
+    def _convolutions() -> Callable[[], None]:
+        cudnn = torch.backends.cudnn
+        try:
+            owner, name, full = cudnn, "allow_tf32", False
+            before = cudnn.allow_tf32
+        except RuntimeError:  # convolutions were set apart from RNNs, which only the newer switch can express
+            owner, name, full = cudnn.conv, "fp32_precision", "ieee"
+            before = cudnn.conv.fp32_precision
+        if before == full:
+            return lambda: None
+        setattr(owner, name, full)
+        return lambda: setattr(owner, name, before)
+
+
+_full_precision = _FullPrecision()
+
+
+@contextmanager
+def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """The precision that the call asked for, whatever autocast or TF32 setting surrounds it."""
+    if precision == "bf16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    else:
+        with torch.autocast(device.type, enabled=False), _full_precision:
+            yield
+
+
+def _covers(starts: Tensor, ends: Tensor, length: int) -> Tensor:
+    """[G, length] float64: one where the interval of an axis holds the pixel."""
+    pixel = torch.arange(length, device=starts.device)
+    return ((starts[:, None] <= pixel) & (pixel < ends[:, None])).double()
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def _is_distribution(outputs: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = min(64 * torch.finfo(dtype).eps, 1e-2)
+    return bool((outputs >= 0).all() & ((outputs.sum(1) - 1).abs() <= tolerance).all())
+
+
+def _format(images: Tensor) -> torch.memory_format:
+    dense = images.is_contiguous()
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not dense else torch.contiguous_format
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)[:8]}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _as_batch(model: nn.Module, images: Tensor) -> Tensor:
+    """The images as [N, C, H, W] in the parameters' dtype."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model: a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(images, Tensor):
+        raise DtypeError(f"images: a {type(images).__name__}; expected a tensor (N, C, H, W) or (C, H, W)")
+    if not images.is_floating_point():
+        raise DtypeError(f"images: {images.dtype}; expected a floating point dtype")
+    if images.dim() not in (3, 4) or 0 in images.shape[-3:]:
+        raise ShapeError(
+            f"images: shape {tuple(images.shape)}; expected (N, C, H, W) or (C, H, W), C, H, W >= 1"
+        )
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None:
+        if parameter.device != images.device:
+            raise DeviceError(f"images: on {images.device}; expected the model's device, {parameter.device}")
+        images = images.to(parameter.dtype)
+    images = images.detach()
+    return images if images.dim() == 4 else images[None]
+
+
+def _as_picture(fill: object, images: Tensor) -> Tensor:
+    """`fill` as a picture for each image: [N, C, H, W], a view without copies of its own."""
+    try:
+        value = torch.as_tensor(fill)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DtypeError(f"fill: {fill!r}; expected a number or a tensor") from error
+    if value.dtype == torch.bool or value.is_complex():
+        raise DtypeError(f"fill: {value.dtype}; expected numbers")
+    channels = images.shape[1]
+    value = value.detach().to(device=images.device, dtype=images.dtype)
+    if value.dim() == 1 and len(value) == channels:
+        value = value[:, None, None]
+    elif value.dim() and value.shape not in (images.shape, images.shape[1:]):
+        raise ShapeError(
+            f"fill: shape {tuple(value.shape)}; expected a number, ({channels},), {tuple(images.shape[1:])} "
+            f"or {tuple(images.shape)}"
+        )
+    return value.expand(images.shape)
+
+
+def _indices(name: str, value: object, images: Tensor) -> Tensor:
+    """Class or unit indices as int64 [N] on the images' device; one int is every image's."""
+    count = len(images)
+    try:
+        index = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints") from error
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints")
+    if index.dim() > 1 or (index.dim() == 1 and len(index) != count):
+        raise ShapeError(
+            f"{name}: shape {tuple(index.shape)}; expected one int or ({count},), one for each image"
+        )
+    index = index.detach().to(device=images.device, dtype=torch.int64).expand(count).clone()
+    if count and int(index.min()) < 0:
+        raise UnitNotFound(f"{name}: {int(index.min())}; expected 0 or more")
+    return index
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise DtypeError(f"{name}: {value!r}; expected a whole number of at least 1") from None
+    if number < 1:
+        raise ArgumentError(f"{name}: {number}; expected a whole number of at least 1")
+    return number
+
+
+def _pair(name: str, value: object) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ArgumentError(f"{name}: {value!r}; expected a whole number or a pair (height, width)")
+        return _whole(name, value[0]), _whole(name, value[1])
+    side = _whole(name, value)
+    return side, side
+
+
+# STAND-IN
+from collections import namedtuple as _nt
+
+
+class _L(_nt("L", "name module call")):
+    def __str__(self):
+        return repr(self.name)
+
+
+def find_layer(model, layer):
+    if isinstance(layer, nn.Module):
+        return _L(next(n for n, m in model.named_modules() if m is layer), layer, None)
+    name, _, call = layer.partition("@")
+    return _L(name, dict(model.named_modules())[name], int(call) if call else None)
+
+
+@contextmanager
+def evaluation(model):
+    was = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, t in was:
+            m.training = t
+
+
+def read_network(model, images):
+    raise NotImplementedError
