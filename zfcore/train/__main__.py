@@ -1,0 +1,5 @@
+import sys
+
+from zfcore.train.command import main
+
+sys.exit(main())
