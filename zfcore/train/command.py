@@ -27,33 +27,35 @@ Exit codes: 0 trained, 1 failed, 2 wrong arguments, 130 or 143 interrupted.
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the example's lines and adds the defaults."""
+
+
 def parser() -> argparse.ArgumentParser:
     default = Settings()
     result = argparse.ArgumentParser(
         prog="python -m zfcore.train",
         description="Train zfnet_small on Fashion-MNIST.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     add = result.add_argument
-    add("--data", metavar="DIR", help="folder of the four IDX files (default: Debian's dataset-fashion-mnist)")
+    add("--data", metavar="DIR", help="folder of the four IDX files; None: where Debian's dataset-fashion-mnist is")
     add("--out", metavar="FILE", required=True, help="the weights to write, FILE.safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint beside FILE, if there is one")
-    add("--threads", type=int, help="of the CPU (default: torch's choice)")
+    add("--threads", type=int, help="of the CPU; None: torch's choice")
     add("--quiet", action="store_true", help="draw no progress bar")
-    group = result.add_argument_group("settings")
-    add = group.add_argument
-    add("--epochs", type=int, default=default.epochs)
-    add("--batch-size", type=int, default=default.batch_size)
-    add("--lr", type=float, default=default.lr, help="the rate's peak")
-    add("--momentum", type=float, default=default.momentum)
-    add("--weight-decay", type=float, default=default.weight_decay)
+    add = result.add_argument_group("settings").add_argument
+    add("--epochs", type=int, default=default.epochs, help="passes over the training pictures")
+    add("--batch-size", type=int, default=default.batch_size, help="pictures a step")
+    add("--lr", type=float, default=default.lr, help="the learning rate's peak")
+    add("--momentum", type=float, default=default.momentum, help="of SGD")
+    add("--weight-decay", type=float, default=default.weight_decay, help="added to the gradient, times the weight")
     add("--warmup", type=float, default=default.warmup, help="share of the steps in which the rate climbs")
-    add("--filter-rms", type=float, default=default.filter_rms, metavar="RADIUS",
-        help="scale filters whose RMS exceeds this back to it, as the paper does with 0.1 (default: leave them)")  # fmt: skip
+    add("--filter-rms", type=float, default=default.filter_rms, help="filters' RMS is kept within it; inf: leave them")
     add("--no-flip", dest="flip", action="store_false", help="no random mirroring")
     add("--shift", type=int, default=default.shift, metavar="PIXELS", help="random shift, at most")
-    add("--seed", type=int, default=default.seed)
+    add("--seed", type=int, default=default.seed, help="of the initial weights and of the training")
     return result
 
 
@@ -81,6 +83,10 @@ def _train(options: argparse.Namespace, command: str, interrupt: _Interrupt) -> 
     folder = find_fashion_mnist(options.data)
     images, labels = load_fashion_mnist("train", folder)
     test_images, test_labels = load_fashion_mnist("test", folder)
+    for pictures in (images, test_images):
+        if pictures.shape[1:] != images.shape[1:] or not all(28 <= side <= 64 for side in pictures.shape[2:]):
+            height, width = pictures.shape[2:]
+            raise ArgumentError(f"data={str(folder)!r}: pictures of {height} x {width}; expected one size, 28 to 64")
     mean, std = pixel_statistics(images)
 
     with torch.random.fork_rng(devices=[]):

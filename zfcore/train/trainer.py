@@ -37,7 +37,7 @@ class Settings:
     momentum:     of SGD; the paper's 0.9.
     weight_decay: added to the gradient, times the weight.
     filter_rms:   after each step, a convolution's filters whose RMS exceeds this are scaled back to it. The
-                  paper has 0.1 for pixels in about [-128, 128]. None leaves them.
+                  paper has 0.1 for pixels in about [-128, 128]. Infinity leaves them.
     flip:         mirror each picture left to right with probability 1/2.
     shift:        move each picture by up to so many pixels each way, zeros moving in.
     seed:         of the order, the augmentation and dropout; the initial weights are the caller's.
@@ -46,12 +46,12 @@ class Settings:
     """
 
     epochs: int = 10
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.15
-    filter_rms: float | None = None
+    filter_rms: float = 0.1
     flip: bool = True
     shift: int = 1
     seed: int = 0
@@ -64,7 +64,7 @@ class Settings:
             ("momentum", 0 <= self.momentum < 1, "0 up to 1, without 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("warmup", 0 <= self.warmup <= 1, "0 to 1"),
-            ("filter_rms", self.filter_rms is None or self.filter_rms > 0, "None or a positive number"),
+            ("filter_rms", self.filter_rms > 0, "a positive number or infinity"),
             ("shift", self.shift >= 0, "at least 0"),
             ("seed", self.seed >= 0, "at least 0"),
         ):
@@ -91,10 +91,10 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.reshape(-1), minlength=256) / channel.numel()
-        mean = share.double() @ levels
+        share = torch.bincount(channel.reshape(-1), minlength=256).double() / channel.numel()
+        mean = share @ levels
         means.append(mean.item())
-        deviations.append((share.double() @ (levels - mean) ** 2).sqrt().item())
+        deviations.append((share @ (levels - mean) ** 2).sqrt().item())
     return tuple(means), tuple(deviations)
 
 
@@ -212,19 +212,20 @@ def train(
         tqdm(total=run.steps, initial=run.step, disable=not progress, unit="batch") as bar,
     ):
         while run.step < run.steps:
-            for batch in run.rest_of_epoch():
-                torch.default_generator.manual_seed(_seed(settings.seed, _STEP, run.step))
-                x = normalise(augment(images[batch], settings.flip, settings.shift), mean, std)
-                run.learn(x, labels[batch])
-                bar.update()
-                if stop() and not run.at_epoch_end:
-                    run.save()
-                    return False
-            finished, run.seen = run.seen, Epoch()
-            run.save()
-            bar.set_postfix(loss=f"{finished.loss:.4f}", accuracy=f"{finished.accuracy:.4f}")
-            on_epoch(run.step // run.batches, finished)
-            if stop() and run.step < run.steps:
+            batch = run.batch()
+            torch.default_generator.manual_seed(_seed(settings.seed, _STEP, run.step))
+            x = normalise(augment(images[batch], settings.flip, settings.shift), mean, std)
+            run.learn(x, labels[batch])
+            bar.update()
+            stopping = stop()
+            if run.at_epoch_end:
+                finished, run.seen = run.seen, Epoch()
+                run.save()
+                bar.set_postfix(loss=f"{finished.loss:.4f}", accuracy=f"{finished.accuracy:.4f}")
+                on_epoch(run.step // run.batches, finished)
+            elif stopping:
+                run.save()
+            if stopping and run.step < run.steps:
                 return False
     model.eval()
     return True
@@ -241,6 +242,7 @@ class _Run:
         self.batches = math.ceil(len(labels) / settings.batch_size)  # in an epoch
         self.steps = self.batches * settings.epochs
         self.step = 0
+        self.order = None  # of the epoch that is under way
         self.seen = Epoch()  # of the epoch that is under way
         digest = hashlib.sha256(images.numpy(force=True).tobytes())
         digest.update(labels.numpy(force=True).tobytes())
@@ -250,12 +252,13 @@ class _Run:
     def at_epoch_end(self) -> bool:
         return self.step % self.batches == 0
 
-    def rest_of_epoch(self) -> tuple[Tensor, ...]:
-        """The picture numbers of the batches that this epoch still has to see."""
-        epoch, done = divmod(self.step, self.batches)
-        generator = torch.Generator().manual_seed(_seed(self.settings.seed, _ORDER, epoch))
-        order = torch.randperm(len(self.labels), generator=generator)
-        return order.split(self.settings.batch_size)[done:]
+    def batch(self) -> Tensor:
+        """The numbers of the pictures of this step's batch."""
+        epoch, index = divmod(self.step, self.batches)
+        if self.order is None or index == 0:
+            generator = torch.Generator().manual_seed(_seed(self.settings.seed, _ORDER, epoch))
+            self.order = torch.randperm(len(self.labels), generator=generator).split(self.settings.batch_size)
+        return self.order[index]
 
     def learn(self, x: Tensor, labels: Tensor) -> None:
         for group in self.optimiser.param_groups:
@@ -271,7 +274,7 @@ class _Run:
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
-        if self.settings.filter_rms is not None:
+        if self.settings.filter_rms < math.inf:
             renormalise_filters(self.model, self.settings.filter_rms)
         self.seen.add(value, (logits.argmax(1) == labels).sum().item(), len(labels))
         self.step += 1
