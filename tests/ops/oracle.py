@@ -1,7 +1,7 @@
 """What the ops should give, in float64, written a second time from torch's own functions and numpy.
 
-Only what torch gets right is taken from it: max_pool2d's values and indices on a contiguous float64 CPU tensor,
-and conv_transpose2d.
+Only what torch gets right is taken from it: max_pool2d's values and indices on a contiguous float64 CPU
+tensor, and conv_transpose2d.
 """
 
 from __future__ import annotations

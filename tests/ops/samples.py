@@ -1,4 +1,4 @@
-"""The samples that every test of the ops uses: dtypes, layouts, windows, values, from one seeded generator."""
+"""The samples that every test of the ops uses: dtypes, layouts, windows and values, from one seed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sample:
     ceil_mode: bool
     values: str
     overlap: str
-    # The convolution of the fused op: kernel, stride, padding, dilation, output padding, groups, channels a group.
+    # The convolution of the fused op.
     conv_kernel: tuple[int, int]
     conv_stride: tuple[int, int]
     conv_padding: tuple[int, int]
@@ -101,13 +101,13 @@ class Sample:
         return lay_out(draw(shape, self.dtype, "normal", self.generator(2)), self.other_layout(3))
 
     def other_layout(self, step: int) -> str:
-        """A layout for another argument, so that layouts meet in many pairs. Expanding would change the values."""
+        """A layout for another argument, so that layouts meet in pairs; expanding would change values."""
         layout = LAYOUTS[(LAYOUTS.index(self.layout) + step + self.seed) % len(LAYOUTS)]
         return "sliced" if layout == "expanded" else layout
 
 
 def draw(shape, dtype, values, generator) -> torch.Tensor:
-    """A contiguous tensor: normal numbers, small integers with ties and both zeros, or these with NaN and inf."""
+    """A contiguous tensor: normal numbers, or small integers with ties and both zeros, or with NaN, inf."""
     if values == "normal":
         return torch.randn(shape, generator=generator).to(dtype)
     x = torch.randint(-2, 3, shape, generator=generator).to(dtype)
@@ -143,7 +143,7 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return part.copy_(x)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table(count: int, *, seed: int = 0, **fixed) -> tuple[Sample, ...]:
     """``count`` samples; ``fixed`` fields are kept. Equal arguments give equal samples."""
     samples = []
@@ -158,7 +158,7 @@ def table(count: int, *, seed: int = 0, **fixed) -> tuple[Sample, ...]:
 
 
 def _random(rng: random.Random, number: int) -> Sample:
-    # Channel counts on both sides of a vector's width; one sample in twelve is large enough to be cut into blocks.
+    # Channel counts on both sides of a vector's width; one sample in twelve is large enough for blocks.
     large = number % 12 == 11
     channels = rng.choice((32, 48, 65) if large else (1, 2, 3, 4, 8, 9, 17))
     rows, columns = (
@@ -197,7 +197,7 @@ def _pair(rng: random.Random, low: int, high: int) -> tuple[int, int]:
 
 
 def _conv_fits(sample: Sample) -> bool:
-    """Whether the fused op has a result, both from the smallest unpooled map and from one of the sample's size."""
+    """Whether the fused op has a result when it is given no size."""
     smallest = sample.smallest
     if not oracle.fits(smallest, (*sample.window, False)):
         return False

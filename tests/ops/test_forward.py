@@ -1,6 +1,6 @@
 """Every op against a float64 oracle, over dtypes, layouts, windows and values. Switches are compared exactly.
 
-Each test takes one dtype and layout through all backends of this machine, since the oracle costs more than they.
+Each test takes one dtype and layout through all backends of this machine: the oracle costs more than they.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_unpool(op, dtype, layout):
         exact = oracle.unpool(y, switches, size, sample.window, sample.overlap)
         if op == "unpool_relu2d":
             exact = oracle.relu(exact)
-        # A zero that one window brought, or none, has its sign; of a sum of zeros of both signs none is promised.
+        # A zero that one window brought, or none, has its sign; a sum of several zeros may have either.
         alone = (exact == 0) & (oracle.naming(switches, size, sample.window) <= 1)
         arguments = window_arguments(sample)
         for name, out in on_each_backend(getattr(ops, op), y, switches, output_size=size, **arguments):

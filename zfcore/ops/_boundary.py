@@ -50,11 +50,6 @@ def empty(like: torch.Tensor, shape: tuple[int, int, int, int], dtype: torch.dty
     return like.new_empty(shape, dtype=dtype)
 
 
-def filled(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``values``, which the reference computed, in the layout in which a kernel would have written them."""
-    return empty(like, values.shape, values.dtype).copy_(values)
-
-
 @functools.lru_cache(maxsize=4096)
 def pool_plan(x: Spec, pool: PoolParams) -> tuple[tuple, Window]:
     """The shape of the pooled map and the kernels' window. Checks everything, once for equal arguments."""

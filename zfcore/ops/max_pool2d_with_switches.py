@@ -25,7 +25,7 @@ def _empty(x, shape):
 def _prepare(x, kernel_size, stride, padding, dilation, ceil_mode):
     pool = PoolParams(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
     shape, window = _boundary.pool_plan(spec(x), pool)
-    return *_empty(x, shape), window
+    return _empty(x, shape), window
 
 
 def _fake(x, kernel_size, stride, padding, dilation, ceil_mode):
@@ -35,12 +35,12 @@ def _fake(x, kernel_size, stride, padding, dilation, ceil_mode):
 
 
 def _reference(x, *args):
-    y, switches = reference.max_pool2d_with_switches(x, *args)
-    return _boundary.filled(x, y), _boundary.filled(x, switches)
+    results, _ = _prepare(x, *args)
+    return tuple(map(torch.Tensor.copy_, results, reference.max_pool2d_with_switches(x, *args)))
 
 
 def _cpu(x, *args):
-    y, switches, window = _prepare(x, *args)
+    (y, switches), window = _prepare(x, *args)
     native.max_pool2d_with_switches_cpu(
         _boundary.view(x), _boundary.view(y), _boundary.view(switches), window, _boundary.threads()
     )
@@ -48,7 +48,7 @@ def _cpu(x, *args):
 
 
 def _cuda(x, *args):
-    y, switches, window = _prepare(x, *args)
+    (y, switches), window = _prepare(x, *args)
     native.max_pool2d_with_switches_cuda(
         _boundary.view(x),
         _boundary.view(y),

@@ -45,8 +45,9 @@ def kernels(relu: bool) -> dict:
     """The kernels of unpooling by backend, with or without the ReLU."""
     define = reference.unpool_relu2d if relu else reference.unpool2d
 
-    def on_reference(y, *args):
-        return _boundary.filled(y, define(y, *args))
+    def on_reference(*args):
+        out, _, _ = _prepare(*args)
+        return out.copy_(define(*args))
 
     def on_cpu(y, switches, *args):
         out, size, window = _prepare(y, switches, *args)

@@ -58,32 +58,44 @@ def _fake(y, switches, weight, *args):
     return _boundary.empty(y, _shape(y, weight, conv.groups, args[SIZE]), y.dtype)
 
 
-def _reference(y, switches, weight, *args):
-    conv = ConvParams(*args[CONV])
-    unpooled, size = args[UNPOOLED], args[SIZE]
-    # The sizes are both given, so the output padding is what lies between them.
-    extra = output_padding_of(unpooled, size, conv, weight.shape[2:])
-    z = reference.unpool_relu_conv_transpose2d(
-        y,
-        switches,
-        weight,
-        pool=PoolParams(*args[POOL]),
-        conv=conv._replace(output_padding=extra),
-        output_size=size,
-        overlap=args[OVERLAP],
-    )
-    return _boundary.filled(y, z)
-
-
-def _cpu(y, switches, weight, *args):
+def _prepare(y, switches, weight, *args):
     pool = PoolParams(*map(tuple, args[POOL]))
     *window, groups = args[CONV]
     conv = ConvParams(*map(tuple, window), groups)
-    unpooled, size, overlap = tuple(args[UNPOOLED]), tuple(args[SIZE]), args[OVERLAP]
     shape, pool_window, conv_window = _boundary.step_plan(
-        spec(y), spec(switches), spec(weight), pool, conv, unpooled, size, overlap
+        spec(y),
+        spec(switches),
+        spec(weight),
+        pool,
+        conv,
+        tuple(args[UNPOOLED]),
+        tuple(args[SIZE]),
+        args[OVERLAP],
     )
-    z = _boundary.empty(y, shape, y.dtype)
+    return _boundary.empty(y, shape, y.dtype), pool_window, conv_window
+
+
+def _reference(y, switches, weight, *args):
+    z, _, _ = _prepare(y, switches, weight, *args)
+    conv = ConvParams(*args[CONV])
+    # Both sizes are given, and the output padding is what lies between them.
+    extra = output_padding_of(args[UNPOOLED], args[SIZE], conv, weight.shape[2:])
+    return z.copy_(
+        reference.unpool_relu_conv_transpose2d(
+            y,
+            switches,
+            weight,
+            pool=PoolParams(*args[POOL]),
+            conv=conv._replace(output_padding=extra),
+            output_size=args[SIZE],
+            overlap=args[OVERLAP],
+        )
+    )
+
+
+def _cpu(y, switches, weight, *args):
+    z, pool_window, conv_window = _prepare(y, switches, weight, *args)
+    unpooled = tuple(args[UNPOOLED])
     weight = weight.contiguous()
     bad = native.unpool_relu_conv_transpose2d_cpu(
         _boundary.view(y),
@@ -93,8 +105,8 @@ def _cpu(y, switches, weight, *args):
         unpooled,
         pool_window,
         conv_window,
-        groups,
-        overlap == "last",
+        args[CONV][-1],
+        args[OVERLAP] == "last",
         _boundary.threads(),
     )
     _boundary.raise_bad_switch(switches, bad, unpooled, pool_window)
