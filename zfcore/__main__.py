@@ -1,0 +1,5 @@
+import sys
+
+from zfcore.cli import main
+
+sys.exit(main())

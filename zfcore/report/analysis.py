@@ -1,0 +1,130 @@
+"""The two analyses of one picture, as figures need them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zfcore.deconvnet import deconv_project
+from zfcore.errors import ArgumentError
+from zfcore.network import evaluation, find_layer
+from zfcore.occlusion import Occlusion, occlusion_map
+from zfcore.report.figures import FeatureProjection, LayerProjections
+
+__all__ = ["Seen", "conv_layers", "look", "occlude", "project"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One forward of one picture: the output, and by layer name, in the order of the forward, the largest
+    activation of each unit [U]."""
+
+    output: Tensor
+    maxima: dict[str, Tensor]
+
+
+def look(model: nn.Module, image: Tensor, layers: Sequence[str]) -> Seen:
+    """Run the model on one picture [1, C, H, W] and note the units of `layers` (dotted names).
+
+    Raises: LayerNotFound; ArgumentError for a layer that does not run, or gives no tensor (1, units, ...).
+    """
+    found = {name: find_layer(model, name) for name in layers}
+    calls: dict[str, int] = {}
+    maxima: dict[str, Tensor] = {}
+
+    def note(name, layer):
+        def hook(_module, _inputs, output):
+            call = calls[name] = calls.get(name, -1) + 1
+            if layer.call is not None and call != layer.call:
+                return
+            if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == 1):
+                raise ArgumentError(
+                    f"layer: {name!r} returns no feature maps; expected a tensor (1, units, ...)"
+                )
+            maxima.pop(name, None)  # a later call takes a later place
+            # Reduced now: an in-place ReLU that follows would write over the maps.
+            maps = output.detach().flatten(2) if output.dim() > 2 else output.detach()[..., None]  # [1, U, P]
+            maxima[name] = maps.amax(2)[0]
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(note(name, layer)) for name, layer in found.items()]
+    try:
+        with evaluation(model), torch.no_grad():
+            output = model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in maxima]
+    if missing:
+        raise ArgumentError(f"layer: {missing[0]!r} does not run in the forward; expected one that does")
+    return Seen(output, maxima)
+
+
+def conv_layers(model: nn.Module, image: Tensor) -> list[str]:
+    """The names of the convolutions that run, in the order of the forward."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and name]
+    running = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: running.append(name))
+        for name, module in model.named_modules()
+        if name in names
+    ]
+    try:
+        with evaluation(model), torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(running))
+
+
+def project(
+    model: nn.Module,
+    image: Tensor,
+    seen: Seen,
+    *,
+    units: Sequence[int] = (),
+    top: int = 9,
+    rule: str = "deconvnet",
+    batch_size: int | None = None,
+) -> list[LayerProjections]:
+    """Project the `top` strongest units of each layer in `seen`, or `units`, of a picture [1, C, H, W]."""
+    layers = []
+    for name, maxima in seen.maxima.items():
+        chosen = list(units) or _strongest(maxima, top)
+        if chosen:
+            p = deconv_project(model, image, name, chosen, rule=rule, crop=True, batch_size=batch_size)
+            activations, pixels, boxes = p.activations[0].tolist(), p.pixels[0].cpu(), p.boxes[0].tolist()
+        else:
+            activations, pixels, boxes = [], torch.zeros(0, image.shape[1], 0, 0), []
+        layers.append(LayerProjections(name, chosen, len(maxima), activations, pixels, boxes))
+    return layers
+
+
+def occlude(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    layer: str | None,
+    unit: int | None = None,
+    target: int | None = None,
+    batch_size: int | None = None,
+    **options: object,
+) -> tuple[Occlusion, FeatureProjection | None]:
+    """The occlusion map of one picture [1, C, H, W], and its layer's strongest map (or `unit`) projected."""
+    feature = None if layer is None else (layer, unit)
+    o = occlusion_map(model, image, target, feature=feature, batch_size=batch_size, **options)
+    if layer is None:
+        return o, None
+    unit = int(o.units[0])
+    p = deconv_project(model, image, layer, [unit], batch_size=batch_size)
+    return o, FeatureProjection(layer, unit, p.pixels[0, 0].cpu(), p.boxes[0, 0].tolist())
+
+
+def _strongest(maxima: Tensor, top: int) -> list[int]:
+    """Active units, by activation and, where equal, by index; NaN is no activation."""
+    values = maxima.float().cpu()
+    order = sorted((u for u in range(len(values)) if values[u] > 0), key=lambda u: (-float(values[u]), u))
+    return order[:top]
