@@ -159,3 +159,24 @@ def test_meta_survives_the_file():
     with pytest.raises(WeightsError, match="no readable 'std'"):
         ModelMeta.from_metadata(metadata)
     assert json.loads(meta.to_metadata()["input_size"]) == [28, 30]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("classes", []), ("classes", "ab"), ("classes", [1, 2]), ("classes", None), ("input_size", [28]),
+        ("input_size", [28, -1]), ("input_size", [28.0, 28.0]), ("input_size", 28), ("channels", 0), ("channels", "1"),
+        ("channels", True), ("channels", 2), ("mean", 0.1), ("mean", ["a"]), ("mean", [float("nan")]), ("std", [0.0]),
+        ("std", [-1.0]), ("std", [0.1, 0.2]), ("std", {"a": 1}), ("test_accuracy", "high"), ("command", 3),
+    ],
+)  # fmt: skip
+def test_meta_of_another_kind_is_refused_by_name(name, value):
+    metadata = ModelMeta(("a", "b"), (28, 30), 1, (0.1,), (0.3,), 0.9, "python -m it").to_metadata()
+    metadata[name] = json.dumps(value)
+    with pytest.raises(WeightsError, match="metadata has (mean=|" + name + "=)"):
+        ModelMeta.from_metadata(metadata)
+
+
+def test_meta_of_a_hostile_depth_is_refused():
+    with pytest.raises(WeightsError, match="no readable 'classes'"):
+        ModelMeta.from_metadata({"classes": "[" * 100_000})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,39 @@ class ModelMeta:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str]) -> ModelMeta:
-        """The inverse of ``to_metadata``; WeightsError when a field is missing or no JSON."""
+        """The inverse of ``to_metadata``; WeightsError names a field that is missing or of another kind."""
         fields = {}
         for name in cls.__dataclass_fields__:
             try:
                 value = json.loads(metadata[name])
-            except (KeyError, json.JSONDecodeError) as error:
+            except (KeyError, json.JSONDecodeError, RecursionError) as error:
                 raise WeightsError(f"the weights' metadata has no readable {name!r}: {error!r}") from error
             fields[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**fields)
+        meta = cls(**fields)
+        for name, fits, expected in _EXPECTED:
+            if not fits(meta):
+                raise WeightsError(f"the weights' metadata has {name}={getattr(meta, name)!r}, expected {expected}")
+        return meta
+
+
+def _all(values: object, kind: type) -> bool:
+    """Whether this is a tuple of nothing but ``kind``, numbers positive where whole and finite where not."""
+    if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
+        return False
+    return kind is str or all(value > 0 if kind is int else math.isfinite(value) for value in values)
+
+
+# Checked in this order: a field, whether it is as it must be, and how that is.
+_EXPECTED: tuple[tuple[str, Callable[[ModelMeta], bool], str], ...] = (
+    ("classes", lambda meta: _all(meta.classes, str) and len(meta.classes) > 0, "names"),
+    ("input_size", lambda meta: _all(meta.input_size, int) and len(meta.input_size) == 2, "two numbers of pixels"),
+    ("channels", lambda meta: _all((meta.channels,), int), "a number of channels"),
+    ("mean", lambda meta: _all(meta.mean, float) and len(meta.mean) == meta.channels, "a number for each channel"),
+    ("std", lambda meta: _all(meta.std, float) and len(meta.std) == meta.channels, "a number for each channel"),
+    ("std", lambda meta: min(meta.std) > 0, "positive numbers"),
+    ("test_accuracy", lambda meta: _all((meta.test_accuracy,), float), "a number"),
+    ("command", lambda meta: _all((meta.command,), str), "a text"),
+)
 
 
 def shipped() -> tuple[str, ...]:
