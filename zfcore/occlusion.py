@@ -21,9 +21,11 @@ from zfcore.errors import (
     ArgumentError,
     DeviceError,
     DtypeError,
+    LayerNotFound,
     ShapeError,
     UnitNotFound,
 )
+from zfcore.network import evaluating, read_network, resolve_layer
 
 __all__ = ["Occlusion", "occlusion_map"]
 
@@ -181,9 +183,9 @@ def occlusion_map(
         return [scores, labels, None if totals is None else totals.take()]
 
     count, device = len(images), images.device
-    with evaluation(model), _arithmetic(precision, device), torch.no_grad(), totals or nullcontext():
+    with evaluating(model), _arithmetic(precision, device), torch.no_grad(), totals or nullcontext():
         if strict:
-            read_network(model, images[:1])
+            read_network(model, tuple(images.shape[1:]))
         with _LargestResult() as largest:
             clean = [look(images[:1], torch.arange(min(count, 1), device=device), True)]
         if batch_size is None:
@@ -365,7 +367,9 @@ class _FeatureTotals:
         if not (isinstance(feature, (tuple, list)) and len(feature) == 2):
             raise ArgumentError(f"feature: {feature!r}; expected a pair (layer, unit)")
         layer, unit = feature
-        self.layer = find_layer(model, layer)
+        name, self.call = resolve_layer(model, layer)
+        self.module = model.get_submodule(name)
+        self.layer = repr(name if self.call is None else f"{name}@{self.call}")
         self.chosen = unit is None
         if unit is None:
             self.units = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -377,14 +381,14 @@ class _FeatureTotals:
 
     def take(self) -> Tensor:
         if self.total is None:
-            raise ArgumentError(
+            raise LayerNotFound(
                 f"feature: layer {self.layer} did not run in the forward; expected one that does"
             )
         return self.total
 
     def __enter__(self) -> None:
         self.thread = threading.get_ident()
-        self.handle = self.layer.module.register_forward_hook(self._see)
+        self.handle = self.module.register_forward_hook(self._see)
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
@@ -394,7 +398,7 @@ class _FeatureTotals:
         if threading.get_ident() != self.thread:
             return
         call, self.calls = self.calls, self.calls + 1
-        if self.layer.call is not None and call != self.layer.call:
+        if self.call is not None and call != self.call:
             return
         rows = len(self.owners)
         if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == rows):
@@ -604,34 +608,3 @@ def _pair(name: str, value: object) -> tuple[int, int]:
         return _whole(name, value[0]), _whole(name, value[1])
     side = _whole(name, value)
     return side, side
-
-
-# STAND-IN
-from collections import namedtuple as _nt
-
-
-class _L(_nt("L", "name module call")):
-    def __str__(self):
-        return repr(self.name)
-
-
-def find_layer(model, layer):
-    if isinstance(layer, nn.Module):
-        return _L(next(n for n, m in model.named_modules() if m is layer), layer, None)
-    name, _, call = layer.partition("@")
-    return _L(name, dict(model.named_modules())[name], int(call) if call else None)
-
-
-@contextmanager
-def evaluation(model):
-    was = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, t in was:
-            m.training = t
-
-
-def read_network(model, images):
-    raise NotImplementedError

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zfcore.deconvnet import deconv_project
-from zfcore.errors import ArgumentError
-from zfcore.network import evaluation, find_layer
+from zfcore.errors import ArgumentError, LayerNotFound
+from zfcore.network import evaluating, resolve_layer
 from zfcore.occlusion import Occlusion, occlusion_map
 from zfcore.report.figures import FeatureProjection, LayerProjections
 
@@ -27,16 +27,16 @@ class Seen:
 def look(model: nn.Module, image: Tensor, layers: Sequence[str]) -> Seen:
     """Run the model on one picture [1, C, H, W] and note the units of `layers` (dotted names).
 
-    Raises: LayerNotFound; ArgumentError for a layer that does not run, or gives no tensor (1, units, ...).
+    Raises: LayerNotFound; ArgumentError for a layer that gives no tensor (1, units, ...).
     """
-    found = {name: find_layer(model, name) for name in layers}
+    found = {name: resolve_layer(model, name) for name in layers}
     calls: dict[str, int] = {}
     maxima: dict[str, Tensor] = {}
 
-    def note(name, layer):
+    def note(name, wanted):
         def hook(_module, _inputs, output):
             call = calls[name] = calls.get(name, -1) + 1
-            if layer.call is not None and call != layer.call:
+            if wanted is not None and call != wanted:
                 return
             if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == 1):
                 raise ArgumentError(
@@ -49,16 +49,19 @@ def look(model: nn.Module, image: Tensor, layers: Sequence[str]) -> Seen:
 
         return hook
 
-    handles = [layer.module.register_forward_hook(note(name, layer)) for name, layer in found.items()]
+    handles = [
+        model.get_submodule(module).register_forward_hook(note(name, call))
+        for name, (module, call) in found.items()
+    ]
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             output = model(image)
     finally:
         for handle in handles:
             handle.remove()
     missing = [name for name in layers if name not in maxima]
     if missing:
-        raise ArgumentError(f"layer: {missing[0]!r} does not run in the forward; expected one that does")
+        raise LayerNotFound(f"layer: {missing[0]!r} does not run in the forward; expected one that does")
     return Seen(output, maxima)
 
 
@@ -72,7 +75,7 @@ def conv_layers(model: nn.Module, image: Tensor) -> list[str]:
         if name in names
     ]
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(image)
     finally:
         for handle in handles:
