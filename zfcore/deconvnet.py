@@ -1,0 +1,867 @@
+"""The deconvnet: projects a unit's activation back to pixels.
+
+One clean forward per image batch, only to the layer asked for, keeps the switches of its pools. The way down is then
+batched over seeds, a seed being one (image, unit, position). All seeds of a layer see fields of one size, so the signal
+is carried as patches, one a seed, as long as a patch is smaller than its map, and as whole maps from there on.
+
+Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from zfcore.errors import ArgumentError, DtypeError, LayerNotFound, ShapeError, UnitNotFound, UnsupportedOperation
+from zfcore.network import Field, Network, Stage, evaluating, read_network, resolve_layer, rule_of_function
+from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d, unpool_relu_conv_transpose2d
+
+__all__ = ["Projection", "deconv_project", "iter_projections"]
+
+RULES = ("deconvnet", "guided", "gradient")
+SEEDS = ("activation", "one")
+OVERLAPS = ("sum", "last")
+SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection:
+    """Units projected to pixels. From `deconv_project` the leading axes are (N, U); from `iter_projections` one, (B,).
+
+    pixels:      [N, U, C, H, W], or [N, U, C, h, w] with crop=True: what the unit saw, in the model's dtype.
+    boxes:       [N, U, 4] int64, (y0, x0, y1, x1): the receptive field in the image; may reach past its edge.
+    activations: [N, U], the value of each unit at its position (positions="all": the sum over its map).
+    positions:   [N, U, 2] int64, (row, column) in the layer's map; -1 with positions="all".
+    images:      [N, U] int64, the image of each projection.
+    units:       [N, U] int64, its unit.
+    layer:       the layer's name.
+    path:        "engine", or "dense" for a network that the engine cannot read.
+    reason:      why the dense path was taken, else "".
+    """
+
+    pixels: Tensor
+    boxes: Tensor
+    activations: Tensor
+    positions: Tensor
+    images: Tensor
+    units: Tensor
+    layer: str
+    path: str
+    reason: str
+
+    def __repr__(self) -> str:
+        return (
+            f"Projection(layer={self.layer!r}, pixels={tuple(self.pixels.shape)} {self.pixels.dtype}, "
+            f"path={self.path!r})"
+        )
+
+
+def deconv_project(
+    model: nn.Module,
+    images: Tensor,
+    layer: str | nn.Module,
+    units: int | Sequence[int] | Tensor | None = None,
+    *,
+    positions: str | Tensor = "max",
+    rule: str = "deconvnet",
+    seed: str = "activation",
+    overlap: str = "sum",
+    crop: bool = False,
+    batch_size: int | None = None,
+    strict: bool = False,
+    progress: bool = False,
+) -> Projection:
+    """Project units of a layer back to pixels, as the deconvnet does.
+
+    From the seed, every layer below is undone: pools by their switches, the ReLU family by rectifying what comes down,
+    convolutions by their transposed filters, batch normalisation by its scale; contrast normalisation is passed over
+    and no bias takes part. Nothing is rectified after the last transposed convolution.
+
+    Args:
+        model: takes [N, C, H, W] images. In eval mode for the call, and given back as it was.
+        images: [N, C, H, W] or [C, H, W] float, any dtype, device and layout; brought to the model's dtype and device.
+        layer: a module, or its dotted name; of a module called several times the last call, "name@i" for another.
+        units: the feature maps (or features) to project: an int, a sequence, or None for all.
+        positions: "max", where each unit is strongest in each image (NaN is passed over, the first of equals is taken);
+            "all", the unit's whole map at once; or an int tensor [N, U, 2] of (row, column).
+        rule: what the ReLU family does to the signal g that comes down, z being its input on the way up: "deconvnet"
+            max(g, 0); "guided" max(g, 0) * [z > 0]; "gradient" g * [z > 0].
+        seed: "activation", the unit's own value; or "one".
+        overlap: what overlapping pooling windows do where they name one place: "sum", or "last" in raster order.
+        crop: return the receptive field only. Networks on the dense path have no geometry: the field is the image.
+        batch_size: seeds worked at once. None picks it so that their signals take about 256 MB.
+        strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense path.
+        progress: draw a bar that counts projections.
+
+    Returns:
+        A Projection.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError: an argument is wrong; the message names it and says what was expected.
+        LayerNotFound, UnitNotFound: no such layer, unit or position.
+        UnsupportedOperation: with strict=True, names the operation that keeps the network from the engine.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
+    """
+    job = _Job(model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict)
+    parts, first = {}, 0
+    with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
+        for part in job.run():
+            for name, value in part.items():
+                if name not in parts:
+                    parts[name] = value.new_empty((job.count, *value.shape[1:]))
+                parts[name][first : first + len(value)] = value
+            first += len(part["pixels"])
+            bar.update(len(part["pixels"]))
+    shaped = {name: value.unflatten(0, (len(job.images), len(job.units))) for name, value in parts.items()}
+    return Projection(**shaped, layer=job.layer, path=job.path, reason=job.reason)
+
+
+def iter_projections(
+    model: nn.Module,
+    images: Tensor,
+    layer: str | nn.Module,
+    units: int | Sequence[int] | Tensor | None = None,
+    *,
+    progress: bool = False,
+    **options,
+) -> Iterator[Projection]:
+    """`deconv_project` for jobs: yields the projections batch by batch, so that memory stays bounded.
+
+    Takes the arguments of `deconv_project`. Each Projection holds at most `batch_size` projections along one leading
+    axis, image by image and in the order of `units`; its `images` and `units` say which they are. Arguments are checked
+    before the first is asked for.
+    """
+    defaults = dict(
+        positions="max", rule="deconvnet", seed="activation", overlap="sum", crop=False, batch_size=None, strict=False
+    )
+    if unknown := set(options) - set(defaults):
+        raise ArgumentError(f"{', '.join(sorted(unknown))}: expected options among {', '.join(defaults)}, progress")
+    job = _Job(model, images, layer, units, **{**defaults, **options})
+
+    def batches():
+        with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
+            for part in job.run():
+                yield Projection(**part, layer=job.layer, path=job.path, reason=job.reason)
+                bar.update(len(part["pixels"]))
+
+    return batches()
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------------------
+
+
+def _choice(name: str, value, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the model computes in: those of its first floating-point parameter or buffer."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():
+            return value.device, value.dtype
+    return images.device, images.dtype
+
+
+def _check_images(images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise DtypeError(f"images={type(images).__name__}: expected a float tensor [N, C, H, W] or [C, H, W]")
+    if not images.is_floating_point():
+        raise DtypeError(f"images of dtype {images.dtype}: expected a float tensor, scaled as the model was trained")
+    if images.dim() == 3:
+        images = images.unsqueeze(0)
+    if images.dim() != 4 or 0 in images.shape[1:]:
+        raise ShapeError(f"images of shape {tuple(images.shape)}: expected [N, C, H, W] or [C, H, W], none of them 0")
+    return images
+
+
+class _Job:
+    """One call: its checked arguments, and the path that runs it."""
+
+    def __init__(self, model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict):
+        if not isinstance(model, nn.Module):
+            raise DtypeError(f"model={type(model).__name__}: expected an nn.Module")
+        self.model = model
+        images = _check_images(images)
+        self.device, self.dtype = _placement(model, images)
+        self.images = images.detach().to(self.device, self.dtype)
+        self.rule = _choice("rule", rule, RULES)
+        self.seed = _choice("seed", seed, SEEDS)
+        self.overlap = _choice("overlap", overlap, OVERLAPS)
+        for name, value in (("crop", crop), ("strict", strict)):
+            if not isinstance(value, bool):
+                raise DtypeError(f"{name}={value!r}: expected a bool")
+        self.crop = crop
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ArgumentError(f"batch_size={batch_size!r}: expected an int of at least 1, or None")
+        self.batch_size = batch_size
+        name, call = resolve_layer(model, layer)
+        self.layer = name if call is None else f"{name}@{call}"
+        self.reason = ""
+        with evaluating(model), torch.no_grad():
+            try:
+                network = read_network(model, tuple(self.images.shape[1:]), layer)
+            except UnsupportedOperation as error:
+                if strict:
+                    raise
+                self.reason = str(error)
+                warnings.warn(f"zfcore: the dense path runs this network: {error}", stacklevel=4)
+                self.runner = _Dense(self, name, call)
+            else:
+                self.runner = _Engine(self, network)
+        self.path = "dense" if self.reason else "engine"
+        shape = self.runner.layer_shape
+        if len(shape) not in (1, 3):
+            raise ShapeError(f"layer={self.layer!r} gives {shape} an image: expected a map (C, H, W) or features (F,)")
+        self.map_size = shape[1:] or (1, 1)
+        self.units = self.check_units(units, shape[0])
+        self.positions = self.check_positions(positions)
+        self.count = len(self.images) * len(self.units)
+
+    def check_units(self, units, count: int) -> Tensor:
+        if units is None:
+            return torch.arange(count)
+        given = units
+        if isinstance(units, Tensor):
+            units = units.tolist()
+        if isinstance(units, int) and not isinstance(units, bool):
+            units = [units]
+        try:
+            units = [operator.index(u) for u in units]
+        except TypeError as error:
+            raise DtypeError(f"units={given!r}: expected an int, a sequence of ints, or None for all") from error
+        if not units:
+            raise ArgumentError("units=[]: expected at least one unit, or None for all")
+        for unit in units:
+            if not 0 <= unit < count:
+                raise UnitNotFound(f"units: {unit} is not a unit of layer {self.layer!r}, which has 0 to {count - 1}")
+        return torch.tensor(units)
+
+    def check_positions(self, positions) -> str | Tensor:
+        if isinstance(positions, str):
+            return _choice("positions", positions, ("max", "all"))
+        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+            raise DtypeError(f"positions={positions!r}: expected 'max', 'all' or an int tensor [N, U, 2]")
+        expected = (len(self.images), len(self.units), 2)
+        if tuple(positions.shape) != expected:
+            raise ShapeError(f"positions of shape {tuple(positions.shape)}: expected [N, U, 2] = {list(expected)}")
+        positions = positions.detach().cpu().long()
+        size = torch.tensor(self.map_size)
+        outside = ((positions < 0) | (positions >= size)).any(-1)
+        if outside.any():
+            row, column = positions[outside][0].tolist()
+            raise UnitNotFound(
+                f"positions: ({row}, {column}) is outside the map of layer {self.layer!r}, {tuple(self.map_size)}"
+            )
+        return positions
+
+    def run(self) -> Iterator[dict[str, Tensor]]:
+        """The projections, in order, as dicts of Projection's tensors along one axis."""
+        with evaluating(self.model):
+            for begin, end in self.runner.image_batches():
+                yield from self.runner.run(begin, end)
+
+    def locate(self, activations: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Seeds of images [begin, begin + n): positions [n, U, 2] (on the CPU), values [n, U], and what they report.
+
+        activations: [n, U, H, W] of the chosen units.
+        """
+        n, u, h, w = activations.shape
+        flat = activations.reshape(n, u, h * w)
+        if isinstance(self.positions, Tensor):
+            positions = self.positions[begin : begin + n]
+            index = (positions[..., 0] * w + positions[..., 1]).to(self.device)
+        elif self.positions == "all":
+            return torch.full((n, u, 2), -1), flat.sum(-1), flat.sum(-1)
+        else:
+            index = torch.where(flat.isnan(), torch.full_like(flat, -torch.inf), flat).argmax(-1)
+            place = index.cpu()
+            positions = torch.stack((place // w, place % w), -1)
+        values = flat.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        return positions, (torch.ones_like(values) if self.seed == "one" else values), values
+
+    def seed_maps(self, activations: Tensor) -> Tensor:
+        """positions="all": the maps [n, U, H, W] that seed the way down."""
+        return torch.ones_like(activations) if self.seed == "one" else activations
+
+
+# ---- The engine --------------------------------------------------------------------------------------------------
+
+
+def _cut(maps: Tensor, which: Tensor, origin: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows of `size` at `origin` [B, 2] out of maps[which]: [B, C, h, w], channels last; zeros outside the maps."""
+    height, width = maps.shape[-2:]
+    y = origin[:, :1] + torch.arange(size[0], device=origin.device)  # [B, h]
+    x = origin[:, 1:] + torch.arange(size[1], device=origin.device)  # [B, w]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    cut = maps.permute(0, 2, 3, 1)[which[:, None, None], y[:, :, None], x[:, None, :]]  # [B, h, w, C]
+    return cut.masked_fill_(~inside.unsqueeze(-1), 0).permute(0, 3, 1, 2)
+
+
+class _Seeds:
+    """A batch of seeds: image (within the image batch), unit, position and value of each."""
+
+    def __init__(self, image: Tensor, unit: Tensor, position: Tensor, value: Tensor):
+        self.image, self.unit, self.value = image, unit, value
+        self.position_cpu = position
+        self.position = position.to(value.device)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def origin(self, field: Field) -> Tensor:
+        """Where each seed's patch begins, [B, 2], in the map that `field` is about."""
+        return self._affine(self.position, field)
+
+    def origin_range(self, field: Field) -> tuple[list[int], list[int]]:
+        origin = self._affine(self.position_cpu, field)
+        return origin.amin(0).tolist(), origin.amax(0).tolist()
+
+    @staticmethod
+    def _affine(position: Tensor, field: Field) -> Tensor:
+        jump = torch.tensor(field.jump, device=position.device)
+        return position * jump + torch.tensor(field.offset, device=position.device)
+
+
+class _Engine:
+    """The way up once an image batch, and the way down for batches of seeds."""
+
+    def __init__(self, job: _Job, network: Network):
+        self.job, self.network = job, network
+        self.consumers = network.consumers()
+        self.layer_shape = network.layer.shape
+        self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
+        self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
+        self.plan_fields()
+
+    def plan_fields(self) -> None:
+        layer = self.network.layer
+        local = isinstance(self.job_positions(), Tensor) or self.job_positions() != "all"
+        self.seen[layer] = self.patch[layer] = (
+            Field() if layer.kind != "map" and len(layer.shape) == 3 and local else None
+        )
+        for stage in reversed(self.network.stages[:-1]):
+            fields = [self.below(self.seen[reader], reader) for reader in self.consumers[stage]]
+            union = fields[0]
+            for other in fields[1:]:
+                union = union and other and union.union(other)
+            self.seen[stage] = union
+            carried = all(self.patch[r] is not None for r in self.consumers[stage])
+            fits = union is not None and len(stage.shape) == 3
+            small = fits and (union.size[0] < stage.shape[1] or union.size[1] < stage.shape[2])
+            self.patch[stage] = union if carried and small else None
+
+    def job_positions(self):
+        return getattr(self.job, "positions", "max")
+
+    @staticmethod
+    def below(field: Field | None, reader: Stage) -> Field | None:
+        if field is None or reader.kind == "map":
+            return None
+        return field.through(reader.window) if reader.window is not None else field
+
+    # -- the way up
+
+    def image_batches(self) -> Iterator[tuple[int, int]]:
+        self.plan_fields()  # now that the positions are known
+        item = torch.finfo(self.job.dtype).bits // 8
+        largest = max(torch.Size(stage.shape).numel() for stage in self.network.stages)
+        step = max(1, min(64, FORWARD_BYTES // (4 * largest * item)))
+        for begin in range(0, len(self.job.images), step):
+            yield begin, min(begin + step, len(self.job.images))
+
+    @torch.no_grad()
+    def up(self, images: Tensor) -> tuple[Tensor, dict]:
+        """The layer's activations, and for each stage what its way down needs."""
+        values: dict[Stage, Tensor] = {}
+        kept: dict = {}
+        readers = {stage: len(found) for stage, found in self.consumers.items()}
+        for stage in self.network.stages:
+            inputs = [values[source] for source in stage.inputs]
+            if stage.kind == "input":
+                value = images
+            elif stage.kind == "max_pool":
+                w = stage.window
+                value, switches = max_pool2d_with_switches(
+                    inputs[0], w.kernel, w.stride, w.padding, w.dilation, stage.options["ceil_mode"]
+                )
+                kept[stage] = self.keep_switches(stage, switches)
+            else:
+                value = stage.run(*inputs)
+                if stage.kind == "map":
+                    kept[stage] = inputs
+                elif stage.kind == "relu" and self.job.rule != "deconvnet":
+                    kept[stage] = stage.options["rectifier"].derivative(inputs[0])
+            values[stage] = value
+            for source in stage.inputs:
+                readers[source] -= 1
+                if not readers[source]:
+                    del values[source]
+        return values[self.network.layer], kept
+
+    def keep_switches(self, stage: Stage, switches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Switches, channels last, and with overlap="last" which windows keep their place to themselves."""
+        winners = None
+        if self.job.overlap == "last":
+            w = stage.window
+            ones = torch.ones((len(switches), *stage.inputs[0].shape), device=switches.device)
+            winners = pool_gather2d(ones, switches, w.kernel, w.stride, w.padding, w.dilation, overlap="last") > 0
+        return switches.contiguous(memory_format=torch.channels_last), winners
+
+    # -- the way down
+
+    def seeds_at_once(self) -> int:
+        if self.job.batch_size is not None:
+            return self.job.batch_size
+        item = torch.finfo(self.job.dtype).bits // 8
+        sizes = []
+        for stage in self.network.stages:
+            field = self.patch[stage]
+            sizes.append(
+                stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
+            )
+        sizes.append(torch.Size(self.job.images.shape[1:]).numel() if not self.job.crop else 0)
+        return max(1, min(4096, SCRATCH_BYTES // (3 * max(sizes) * item)))
+
+    @torch.no_grad()
+    def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
+        job = self.job
+        activations, kept = self.up(job.images[begin:end])
+        if activations.dim() == 2:
+            activations = activations[:, :, None, None]
+        chosen = activations[:, job.units.to(job.device)]
+        positions, seeds, reported = job.locate(chosen, begin)
+        n, u = reported.shape
+        image = torch.arange(n, device=job.device).repeat_interleave(u)
+        unit = job.units.to(job.device).repeat(n)
+        position, value = positions.reshape(-1, 2), seeds.reshape(-1)
+        step = self.seeds_at_once()
+        for first in range(0, n * u, step):
+            part = slice(first, min(first + step, n * u))
+            batch = _Seeds(image[part], unit[part], position[part], value[part])
+            maps = None
+            if job.positions == "all":
+                maps = job.seed_maps(chosen).flatten(0, 1)[part]
+            pixels = self.down(batch, kept, maps)
+            yield {
+                "pixels": pixels,
+                "boxes": self.boxes(batch),
+                "activations": reported.reshape(-1)[part].clone(),
+                "positions": position[part].to(job.device),
+                "images": batch.image + begin,
+                "units": batch.unit,
+            }
+
+    def boxes(self, seeds: _Seeds) -> Tensor:
+        field = self.seen[self.network.stages[0]]
+        height, width = self.job.images.shape[-2:]
+        if field is None:
+            return torch.tensor([0, 0, height, width], device=self.job.device).repeat(len(seeds), 1)
+        start = seeds.origin(field)
+        return torch.cat((start, start + torch.tensor(field.size, device=start.device)), 1)
+
+    def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None) -> Tensor:
+        """Pixels [B, C, H, W] of the seeds, or [B, C, h, w] with crop=True."""
+        signals: dict[Stage, Tensor] = {}
+        self.start(seeds, kept, maps, signals)
+        for stage in reversed(self.network.stages):
+            if stage.kind == "input":
+                break
+            signal = signals.pop(stage, None)
+            if signal is not None:
+                self.undo(stage, signal, seeds, kept, signals)
+        picture = self.network.stages[0]
+        signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
+        everything = torch.arange(len(seeds), device=signal.device)
+        if field is not None:
+            return signal if self.job.crop else self.whole(picture, signal, seeds)
+        if self.job.crop and seen is not None:
+            return _cut(signal, everything, seeds.origin(seen), seen.size)
+        return signal
+
+    def start(self, seeds: _Seeds, kept: dict, maps: Tensor | None, signals: dict) -> None:
+        """Puts the seeds into the layer, and takes them down to the first convolution while they are one number each."""
+        stage, value = self.network.layer, seeds.value
+        if self.patch[stage] is None:  # features, a unit's whole map, or a layer that needs whole maps
+            signal = value.new_zeros((len(seeds), *stage.shape))
+            rows = torch.arange(len(seeds), device=value.device)
+            if maps is not None:
+                signal[rows, seeds.unit] = maps if signal.dim() == 4 else maps[:, 0, 0]
+            elif signal.dim() == 4:
+                signal[rows, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]] = value
+            else:
+                signal[rows, seeds.unit] = value
+            signals[stage] = signal
+            return
+        while stage.kind in ("relu", "identity", "lrn", "batch_norm", "scale") and self.patch[stage.inputs[0]]:
+            if stage.kind == "relu":
+                rectifier = stage.options["rectifier"]
+                if self.job.rule != "gradient":
+                    value = rectifier.rectify(value)
+                if self.job.rule != "deconvnet":
+                    slope = kept[stage][seeds.image, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]]
+                    value = _times(value, slope)
+            elif stage.kind == "batch_norm":
+                value = value * stage.options["scale"]()[seeds.unit]
+            elif stage.kind == "scale":
+                value = value * stage.options["factor"]
+            stage = stage.inputs[0]
+        if stage.kind == "conv" and self.patch[stage.inputs[0]]:
+            signals[stage.inputs[0]] = self.clip(stage.inputs[0], self.first_filters(stage, seeds.unit, value), seeds)
+            return
+        signal = value.new_zeros((len(seeds), stage.shape[0], 1, 1))
+        signal[torch.arange(len(seeds), device=value.device), seeds.unit] = value[:, None, None]
+        signals[stage] = signal
+
+    @staticmethod
+    def first_filters(stage: Stage, unit: Tensor, value: Tensor) -> Tensor:
+        """The first transposed convolution is no convolution: a seed times its filter."""
+        weight, groups = stage.options["weight"](), stage.options["groups"]
+        dilation = stage.window.dilation
+        filters = weight[unit] * value[:, None, None, None]  # [B, C/groups, kh, kw]
+        if groups > 1:
+            wide = filters.new_zeros((len(unit), groups, *filters.shape[1:]))
+            wide[torch.arange(len(unit), device=unit.device), unit // (len(weight) // groups)] = filters
+            filters = wide.flatten(1, 2)
+        if dilation != (1, 1):
+            kh, kw = weight.shape[-2:]
+            spread = filters.new_zeros(
+                (*filters.shape[:2], (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
+            )
+            spread[:, :, :: dilation[0], :: dilation[1]] = filters
+            filters = spread
+        return filters
+
+    def clip(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
+        """Drops what a patch brought to places outside its map: the padding, which is no unit of the layer."""
+        field = self.patch[stage]
+        low, high = seeds.origin_range(field)
+        height, width = stage.shape[-2:]
+        h, w = field.size
+        if low[0] >= 0 and low[1] >= 0 and high[0] + h <= height and high[1] + w <= width:
+            return signal
+        origin = seeds.origin(field)
+        y = origin[:, :1] + torch.arange(h, device=origin.device)
+        x = origin[:, 1:] + torch.arange(w, device=origin.device)
+        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+        return signal.masked_fill(~inside.unsqueeze(1), 0)
+
+    def whole(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
+        """Patches put into whole maps."""
+        everything = torch.arange(len(seeds), device=signal.device)
+        return _cut(signal, everything, -seeds.origin(self.patch[stage]), stage.shape[-2:])
+
+    def send(self, target: Stage, signal: Tensor, field: Field | None, seeds: _Seeds, signals: dict) -> None:
+        """Adds what came down on one way to the target's signal. field: the patch that `signal` is, or None."""
+        own = self.patch[target]
+        if field is not None and own is None:
+            everything = torch.arange(len(seeds), device=signal.device)
+            signal = _cut(signal, everything, -seeds.origin(field), target.shape[-2:])
+        elif field is not None:
+            if field != own:  # another way down has a larger field: this patch lies inside the union
+                before = [a - b for a, b in zip(field.offset, own.offset)]
+                after = [n - b - m for n, b, m in zip(own.size, before, field.size)]
+                signal = F.pad(signal, (before[1], after[1], before[0], after[0]))
+            signal = self.clip(target, signal, seeds)
+        signals[target] = signals[target] + signal if target in signals else signal
+
+    def undo(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
+        """One stage down: from the signal at its output to those at its inputs."""
+        job, field = self.job, self.patch[stage]
+        if stage.kind == "map":
+            inputs = [x[seeds.image] for x in kept[stage]]
+            for source, g in zip(stage.inputs, _vjp(stage.run, inputs, signal)):
+                self.send(source, g, None, seeds, signals)
+            return
+        if stage.kind == "cat":
+            first = 0
+            for source in stage.inputs:
+                part = signal[:, first : first + source.shape[0]]
+                first += source.shape[0]
+                self.send(source, part, field, seeds, signals)
+            return
+        if stage.kind == "add":
+            for source in stage.inputs:
+                self.send(source, signal, field, seeds, signals)
+            return
+        source = stage.inputs[0]
+        down = field and self.below(field, stage)
+        if stage.kind == "max_pool":
+            conv = self.fusable(stage)
+            if conv is not None:
+                signal, down = self.step(stage, conv, signal, seeds, kept)
+                source = conv.inputs[0]
+            else:
+                signal = self.unpool(stage, signal, seeds, kept)
+        elif stage.kind == "conv":
+            signal = _conv_transpose(stage, signal, down and down.size)
+        elif stage.kind == "relu":
+            if job.rule != "gradient":
+                signal = stage.options["rectifier"].rectify(signal)
+            if job.rule != "deconvnet":
+                slope = kept[stage]
+                slope = _cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
+                signal = _times(signal, slope)
+        elif stage.kind == "avg_pool":
+            signal = _avg_transpose(stage, signal, down and down.size)
+        elif stage.kind == "batch_norm":
+            signal = signal * stage.options["scale"]()[:, None, None].to(signal.dtype)
+        elif stage.kind == "scale":
+            signal = signal * stage.options["factor"]
+        self.send(source, signal, down, seeds, signals)
+
+    def fusable(self, pool: Stage) -> Stage | None:
+        """The convolution that pool <- ReLU <- conv ends in, where the three can run as one op."""
+        relu = pool.inputs[0]
+        if self.job.rule != "deconvnet" or relu.kind != "relu" or relu.options["rectifier"].slope:
+            return None
+        conv = relu.inputs[0]
+        alone = len(self.consumers[relu]) == 1 and len(self.consumers[conv]) == 1
+        small = pool.window.kernel[0] * pool.window.kernel[1] <= 255
+        if conv.kind != "conv" or not alone or not small:
+            return None
+        kinds = {self.patch[stage] is None for stage in (pool, conv, conv.inputs[0])}
+        # On whole maps the op pads alike on both sides; padding="same" with an even kernel does not.
+        even = self.patch[pool] is not None or conv.options["even_padding"]
+        return conv if len(kinds) == 1 and even else None
+
+    def switches(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Tensor]:
+        """The signal and the switches of each seed; with overlap="last", what later windows overwrite is dropped."""
+        field = self.patch[pool]
+        switches, winners = kept[pool]
+        if field is None:
+            cut = lambda maps: maps[seeds.image]  # noqa: E731
+        else:
+            origin = seeds.origin(field)
+            cut = lambda maps: _cut(maps, seeds.image, origin, field.size)  # noqa: E731
+        if winners is not None:
+            signal = signal.masked_fill(~cut(winners), 0)
+        return signal, cut(switches)
+
+    def unpool(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> Tensor:
+        field, w = self.patch[pool], pool.window
+        signal, switches = self.switches(pool, signal, seeds, kept)
+        if field is None:
+            return unpool2d(signal, switches, w.kernel, w.stride, w.padding, w.dilation, pool.inputs[0].shape[1:])
+        # In a patch no window is clipped: the patch holds all that its windows can name.
+        return unpool2d(signal, switches, w.kernel, w.stride, 0, w.dilation, field.through(w).size)
+
+    def step(self, pool: Stage, conv: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Field | None]:
+        """pool <- ReLU <- conv, as one op that never makes the unpooled map."""
+        field, w, c = self.patch[pool], pool.window, conv.window
+        signal, switches = self.switches(pool, signal, seeds, kept)
+        options = dict(stride=c.stride, padding=c.padding, dilation=c.dilation, groups=conv.options["groups"])
+        pooling = dict(kernel_size=w.kernel, stride=w.stride, padding=w.padding, dilation=w.dilation)
+        if field is None:
+            down, size = None, conv.inputs[0].shape[1:]
+        else:
+            down = field.through(w).through(c)
+            size = down.size
+            options["padding"] = pooling["padding"] = 0
+        weight = conv.options["weight"]().detach()
+        return unpool_relu_conv_transpose2d(
+            signal, switches, weight, pool=pooling, conv=options, output_size=size
+        ), down
+
+
+def _times(signal: Tensor, slope: Tensor) -> Tensor:
+    """signal * slope, where a slope of 0 stops an infinity too."""
+    return torch.where(slope == 0, torch.zeros((), dtype=signal.dtype, device=signal.device), signal * slope)
+
+
+def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Cuts the padding off a transposed convolution, and adds the rows and columns that no window reached."""
+    after = [n - (m - b) for n, m, b in zip(size, full.shape[-2:], before)]
+    if not any(before) and not any(after):
+        return full
+    return F.pad(full, (-before[1], after[1], -before[0], after[0]))
+
+
+def _conv_transpose(conv: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
+    """The transposed filters, without bias. patch: the patch's size, or None for whole maps."""
+    w = conv.window
+    full = F.conv_transpose2d(
+        signal, conv.options["weight"](), None, w.stride, 0, 0, conv.options["groups"], w.dilation
+    )
+    return full if patch else _fit(full, w.padding, conv.inputs[0].shape[1:])
+
+
+def _avg_transpose(pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
+    w, channels = pool.window, pool.shape[0]
+    ones = signal.new_full((channels, 1, *w.kernel), 1.0 / pool.options["divisor"])
+    full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, channels)
+    return full if patch else _fit(full, w.padding, pool.inputs[0].shape[1:])
+
+
+def _vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
+    """The plain gradient of an operation, for what has no rule of its own."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        grads = torch.autograd.grad(run(*inputs), inputs, signal, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
+
+
+# ---- The dense path ----------------------------------------------------------------------------------------------
+
+
+class _Rectify(torch.autograd.Function):
+    """A member of the ReLU family, with a rule for its way down."""
+
+    @staticmethod
+    def forward(ctx, z, rectifier, rule):
+        ctx.rectifier, ctx.rule = rectifier, rule
+        if rule != "deconvnet":
+            ctx.save_for_backward(rectifier.derivative(z))
+        return rectifier.forward(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.rule != "gradient":
+            g = ctx.rectifier.rectify(g)
+        if ctx.rule != "deconvnet":
+            g = _times(g, ctx.saved_tensors[0])
+        return g, None, None
+
+
+class _PassOver(torch.autograd.Function):
+    """Contrast normalisation on the way up, nothing on the way down."""
+
+    @staticmethod
+    def forward(ctx, x, run):
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class _PoolLast(torch.autograd.Function):
+    """Max-pooling whose way down keeps the last of the windows that name one place."""
+
+    @staticmethod
+    def forward(ctx, x, window, ceil_mode):
+        y, switches = max_pool2d_with_switches(
+            x, window.kernel, window.stride, window.padding, window.dilation, ceil_mode
+        )
+        ctx.window, ctx.size = window, x.shape[-2:]
+        ctx.save_for_backward(switches)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        w = ctx.window
+        return (
+            unpool2d(g, ctx.saved_tensors[0], w.kernel, w.stride, w.padding, w.dilation, ctx.size, overlap="last"),
+            None, None,
+        )  # fmt: skip
+
+
+class _Rules(TorchFunctionMode):
+    """Applies the rules to each operation as it happens, in this thread only and with no hooks."""
+
+    def __init__(self, rule: str, overlap: str):
+        super().__init__()
+        self.rule, self.overlap = rule, overlap
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        stage, in_place = rule_of_function(function, args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if stage is None or not isinstance(x, Tensor):
+            return function(*args, **kwargs)
+        if stage.kind == "relu":
+            if not in_place:
+                return _Rectify.apply(x, stage.options["rectifier"], self.rule)
+            return x.copy_(_Rectify.apply(x.clone(), stage.options["rectifier"], self.rule))
+        if stage.kind == "lrn":
+            return _PassOver.apply(x, stage.run)
+        if stage.kind == "max_pool" and self.overlap == "last":
+            return _PoolLast.apply(x, stage.window, stage.options["ceil_mode"])
+        return function(*args, **kwargs)
+
+
+class _Dense:
+    """Whole maps and autograd: for networks that cannot be read. The layer's output comes from a hook on it alone."""
+
+    def __init__(self, job: _Job, name: str, call: int | None):
+        self.job, self.call = job, call
+        self.module = job.model.get_submodule(name)
+        self.layer_shape = tuple(self.up(job.images[:1])[1].shape[1:])
+
+    def image_batches(self) -> Iterator[tuple[int, int]]:
+        step = min(8, self.job.batch_size or 8)
+        for begin in range(0, len(self.job.images), step):
+            yield begin, min(begin + step, len(self.job.images))
+
+    def up(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        thread, outputs = threading.get_ident(), []
+
+        def keep(module, args, output):
+            if threading.get_ident() == thread:
+                # A copy: an in-place operation after the layer must not change what was kept.
+                outputs.append(output.clone() if isinstance(output, Tensor) else output)
+
+        with torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            handle = self.module.register_forward_hook(keep)
+            try:
+                with _Rules(self.job.rule, self.job.overlap):
+                    self.job.model(leaf.clone())
+            finally:
+                handle.remove()
+        name = self.job.layer
+        if not outputs:
+            raise LayerNotFound(f"layer={name!r}: expected a layer that the model calls")
+        if self.call is not None and self.call >= len(outputs):
+            raise LayerNotFound(f"layer={name!r}: the model calls it {len(outputs)} times, from @0")
+        output = outputs[-1 if self.call is None else self.call]
+        if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ShapeError(f"layer={name!r} returns {what}: expected a tensor [N, C, H, W] or [N, F]")
+        return leaf, output
+
+    def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
+        job = self.job
+        leaf, output = self.up(job.images[begin:end])
+        maps = output.detach()
+        maps = maps[:, :, None, None] if maps.dim() == 2 else maps
+        chosen = maps[:, job.units.to(job.device)]
+        positions, seeds, reported = job.locate(chosen, begin)
+        n, u = reported.shape
+        pixels = leaf.new_empty((n, u, *leaf.shape[1:]))
+        rows = torch.arange(n, device=job.device)
+        for i, unit in enumerate(job.units.tolist()):
+            seed = torch.zeros_like(maps)
+            if job.positions == "all":
+                seed[:, unit] = job.seed_maps(chosen)[:, i]
+            else:
+                at = positions[:, i].to(job.device)
+                seed[rows, unit, at[:, 0], at[:, 1]] = seeds[:, i]
+            (g,) = torch.autograd.grad(
+                output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
+            )
+            pixels[:, i] = 0 if g is None else g
+        height, width = leaf.shape[-2:]
+        yield {
+            "pixels": pixels.flatten(0, 1),
+            "boxes": torch.tensor([0, 0, height, width], device=job.device).repeat(n * u, 1),
+            "activations": reported.reshape(-1).clone(),
+            "positions": positions.reshape(-1, 2).to(job.device),
+            "images": (rows + begin).repeat_interleave(u),
+            "units": job.units.to(job.device).repeat(n),
+        }
