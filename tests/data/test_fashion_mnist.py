@@ -21,7 +21,10 @@ from zfcore.errors import ArgumentError, ImageError
 
 
 def idx(tensor, kind=8):
-    return struct.pack(f">BBBB{tensor.dim()}I", 0, 0, kind, tensor.dim(), *tensor.shape) + tensor.numpy().tobytes()
+    return (
+        struct.pack(f">BBBB{tensor.dim()}I", 0, 0, kind, tensor.dim(), *tensor.shape)
+        + tensor.numpy().tobytes()
+    )
 
 
 IMAGES = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)

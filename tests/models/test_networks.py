@@ -99,7 +99,10 @@ def test_zfnet_takes_other_classes_and_channels():
 
 def test_contrast_norm_is_an_option_after_the_pools():
     with_norm, without = without_memory(ZFNet, contrast_norm=True), without_memory(ZFNet)
-    assert [name for name, m in with_norm.named_children() if isinstance(m, ContrastNorm)] == ["norm1", "norm2"]
+    assert [name for name, m in with_norm.named_children() if isinstance(m, ContrastNorm)] == [
+        "norm1",
+        "norm2",
+    ]
     assert not any(isinstance(m, ContrastNorm) for m in without.modules())
     assert with_norm.state_dict().keys() == without.state_dict().keys()
 
@@ -139,7 +142,8 @@ def test_zfnet_small_fits_four_megabytes():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("zfnet", (1, 3, 224, 224)), ("krizhevsky", (1, 3, 224, 224)), ("small", (2, 1, 28, 28))]
+    ("name", "shape"),
+    [("zfnet", (1, 3, 224, 224)), ("krizhevsky", (1, 3, 224, 224)), ("small", (2, 1, 28, 28))],
 )
 def test_networks_trace_with_fx(name, shape, request):
     model = request.getfixturevalue(name)
@@ -158,7 +162,9 @@ def test_zfnet_small_compiles_whole(small):
         torch.testing.assert_close(compiled(x), small(x))
 
 
-@pytest.mark.parametrize("arguments", [(3,), (3, 2, 1), ((3, 2), (2, 1), (1, 0)), (2, None, 0, 2), (3, 2, 0, 1, True)])
+@pytest.mark.parametrize(
+    "arguments", [(3,), (3, 2, 1), ((3, 2), (2, 1), (1, 0)), (2, None, 0, 2), (3, 2, 0, 1, True)]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_max_pool_equals_torchs_with_its_gradient(arguments, layout):
     x = torch.randn(2, 3, 11, 14, dtype=torch.float64).to(memory_format=layout)

@@ -77,7 +77,8 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "their" / "__init__.py").write_text("")
     (tmp_path / "their" / "broken.py").write_text("import gone_missing")
     (tmp_path / "their" / "loud.py").write_text("raise RuntimeError('not today')")
-    (tmp_path / "their" / "nets.py").write_text(textwrap.dedent("""
+    (tmp_path / "their" / "nets.py").write_text(
+        textwrap.dedent("""
         import torch
         class Net(torch.nn.Sequential):
             @classmethod
@@ -87,7 +88,8 @@ def module(tmp_path, monkeypatch):
         def fails(): raise ValueError("bad day")
         def other(): return 3
         number = 4
-    """))
+    """)
+    )
     monkeypatch.syspath_prepend(tmp_path)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "their"]:
@@ -107,7 +109,10 @@ def test_create_calls_a_factory(module, spec):
         ("", "no network of that name"),
         ("their.nets", "no network of that name"),
         ("gone_missing:make", "importing gone_missing failed: ModuleNotFoundError"),
-        ("their.broken:make", "importing their.broken failed: ModuleNotFoundError: No module named 'gone_missing'"),
+        (
+            "their.broken:make",
+            "importing their.broken failed: ModuleNotFoundError: No module named 'gone_missing'",
+        ),
         ("their.loud:make", "importing their.loud failed: RuntimeError: not today"),
         ("their.nets:maek", "their.nets has no 'maek'; did you mean make"),
         ("their.nets:Net.huge", "their.nets has no 'huge'"),
@@ -165,9 +170,10 @@ def test_meta_survives_the_file():
     ("name", "value"),
     [
         ("classes", []), ("classes", "ab"), ("classes", [1, 2]), ("classes", None), ("input_size", [28]),
-        ("input_size", [28, -1]), ("input_size", [28.0, 28.0]), ("input_size", 28), ("channels", 0), ("channels", "1"),
-        ("channels", True), ("channels", 2), ("mean", 0.1), ("mean", ["a"]), ("mean", [float("nan")]), ("std", [0.0]),
-        ("std", [-1.0]), ("std", [0.1, 0.2]), ("std", {"a": 1}), ("test_accuracy", "high"), ("command", 3),
+        ("input_size", [28, -1]), ("input_size", [28.0, 28.0]), ("input_size", 28), ("channels", 0),
+        ("channels", "1"), ("channels", True), ("channels", 2), ("mean", 0.1), ("mean", ["a"]),
+        ("mean", [float("nan")]), ("std", [0.0]), ("std", [-1.0]), ("std", [0.1, 0.2]), ("std", {"a": 1}),
+        ("test_accuracy", "high"), ("command", 3),
     ],
 )  # fmt: skip
 def test_meta_of_another_kind_is_refused_by_name(name, value):

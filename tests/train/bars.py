@@ -7,7 +7,7 @@ import torch
 
 
 def pictures(n, seed=0, size=28, classes=10):
-    """Bright bars whose place is the class, with noise: images [n, 1, size, size] uint8 and labels [n] int64."""
+    """Noise with bright bars whose place is the class: [n, 1, size, size] uint8, and [n] int64."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     images = torch.randint(0, 60, (n, 1, size, size), dtype=torch.uint8, generator=generator)

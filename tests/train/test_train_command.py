@@ -97,6 +97,7 @@ def test_a_signal_stops_after_the_batch_and_resume_finishes(
     assert "--resume" in capsys.readouterr().err
     assert main(arguments(idx_folder, out, "--resume")) == 0
     assert_same(out, unbroken)
+    assert "--resume" not in tensors(out)[1]["command"]
     assert len(seen) == 18 and not checkpoint.exists()
 
 

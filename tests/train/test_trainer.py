@@ -27,7 +27,14 @@ SETTINGS = Settings(epochs=4, batch_size=8, lr=0.05, filter_rms=0.1, shift=1, se
 
 def net():
     torch.manual_seed(11)
-    layers = (nn.Conv2d(1, 4, 5), nn.ReLU(), MaxPool2d(3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5))
+    layers = (
+        nn.Conv2d(1, 4, 5),
+        nn.ReLU(),
+        MaxPool2d(3, 2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+    )
     return nn.Sequential(*layers, nn.Linear(100, 10))
 
 
@@ -47,12 +54,16 @@ def one_thread():
 def run(data, settings=SETTINGS, **options):
     """Train a new network; returns whether it came to its end, the network and what each epoch saw."""
     model, seen = net(), []
-    done = train(model, *data, settings, on_epoch=lambda number, epoch: seen.append((number, epoch)), **options)
+    done = train(
+        model, *data, settings, on_epoch=lambda number, epoch: seen.append((number, epoch)), **options
+    )
     return done, model, seen
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +136,8 @@ def test_a_failed_checkpoint_leaves_the_one_before(data, unbroken, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 5}, {"lr": 0.04}, {"seed": 0}, {"batch_size": 9}, {"flip": False}, {"filter_rms": math.inf}]
+    "change",
+    [{"epochs": 5}, {"lr": 0.04}, {"seed": 0}, {"batch_size": 9}, {"flip": False}, {"filter_rms": math.inf}],
 )
 def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, change):
     checkpoint = tmp_path / "run.safetensors"
@@ -213,7 +225,8 @@ def test_bad_data_is_refused(images, labels, error, words):
     "wrong",
     [
         {"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"lr": math.nan}, {"lr": math.inf}, {"momentum": 1},
-        {"momentum": -0.1}, {"weight_decay": -1}, {"warmup": 1.1}, {"filter_rms": 0}, {"filter_rms": math.nan}, {"shift": -1}, {"seed": -1},
+        {"momentum": -0.1}, {"weight_decay": -1}, {"warmup": 1.1}, {"filter_rms": 0},
+        {"filter_rms": math.nan}, {"shift": -1}, {"seed": -1},
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(wrong):

@@ -59,7 +59,8 @@ def sample_images() -> list[SampleImage]:
 
 
 def export_samples(out: str | os.PathLike, folder: str | os.PathLike | None = None) -> None:
-    """Write the pictures of ``sample_images`` from the data set to the folder ``out``: how the shipped ones were made.
+    """Write the pictures of ``sample_images`` from the data set to the folder ``out``: how the shipped ones
+    were made.
 
     Args:
         out: an existing folder.
@@ -72,7 +73,9 @@ def export_samples(out: str | os.PathLike, folder: str | os.PathLike | None = No
     for label in range(len(FASHION_MNIST_CLASSES)):
         first = torch.nonzero(labels == label).flatten()[:SAMPLES_A_CLASS]
         for rank, index in enumerate(first.tolist()):
-            Image.fromarray(images[index, 0].numpy()).save(Path(out) / _sample_name(label, rank), optimize=True)
+            Image.fromarray(images[index, 0].numpy()).save(
+                Path(out) / _sample_name(label, rank), optimize=True
+            )
 
 
 def _sample_name(label: int, rank: int) -> str:
@@ -114,11 +117,13 @@ def load_fashion_mnist(split: str, folder: str | os.PathLike | None = None) -> t
     labels_file = _idx_file(path, f"{_STEMS[split]}-labels-idx1-ubyte")
     images, labels = read_idx(images_file), read_idx(labels_file)
     if images.dim() != 3:
-        raise ImageError(f"{str(images_file)!r} has {images.dim()} dimensions, expected 3 (pictures, rows, columns)")
+        raise ImageError(
+            f"{str(images_file)!r} has {images.dim()} dimensions, expected 3 (pictures, rows, columns)"
+        )
     if labels.dim() != 1 or len(labels) != len(images):
         raise ImageError(
-            f"{str(labels_file)!r} holds {list(labels.shape)} labels, expected one for each of the {len(images)} "
-            f"pictures of {images_file.name!r}"
+            f"{str(labels_file)!r} holds {list(labels.shape)} labels, expected one for each of the "
+            f"{len(images)} pictures of {images_file.name!r}"
         )
     if labels.max() >= len(FASHION_MNIST_CLASSES):
         raise ImageError(f"{str(labels_file)!r} holds the label {labels.max()}, expected 0 to 9")
@@ -135,8 +140,8 @@ def _idx_file(folder: Path, name: str) -> Path:
 def read_idx(path: str | os.PathLike) -> Tensor:
     """Read an IDX file of unsigned bytes, plain or gzipped (by its first bytes, not its name).
 
-    The format: two zero bytes, the element type (8), the number of dimensions, each size as a big-endian 32-bit
-    integer, the elements in row-major order.
+    The format: two zero bytes, the element type (8), the number of dimensions, each size as a big-endian
+    32-bit integer, the elements in row-major order.
 
     Returns:
         uint8 tensor of the sizes in the file.
@@ -156,14 +161,18 @@ def read_idx(path: str | os.PathLike) -> Tensor:
             if len(start) < 4 or start[:2] != b"\0\0":
                 raise ImageError(f"{str(path)!r} is no IDX file: it starts with {start!r}")
             if start[2] != _UNSIGNED_BYTES:
-                raise ImageError(f"{str(path)!r} has the element type {start[2]:#04x}, expected 0x08 (unsigned bytes)")
+                raise ImageError(
+                    f"{str(path)!r} has the element type {start[2]:#04x}, expected 0x08 (unsigned bytes)"
+                )
             header = file.read(4 * start[3])
             if not start[3] or len(header) < 4 * start[3]:
                 raise ImageError(f"{str(path)!r} ends within its header of {start[3]} dimensions")
             sizes = struct.unpack(f">{start[3]}I", header)
             count = prod(sizes)
             if not 0 < count <= _MAX_BYTES:
-                raise ImageError(f"{str(path)!r} says it holds {list(sizes)} elements, expected 1 to {_MAX_BYTES}")
+                raise ImageError(
+                    f"{str(path)!r} says it holds {list(sizes)} elements, expected 1 to {_MAX_BYTES}"
+                )
             elements = file.read(count + 1)  # one more than there should be
     except (OSError, EOFError, zlib.error) as error:
         raise ImageError(f"{str(path)!r} cannot be read: {error}") from error

@@ -14,9 +14,9 @@ class AlexNet(nn.Module):
 
     conv1 is 11 x 11 with stride 4 and conv2 5 x 5 with stride 1; ZFNet's are 7 x 7 with stride 2 and 5 x 5
     with stride 2. The original ran on two GPUs, each with half of the maps of conv2, conv4 and conv5: here
-    ``groups=2``. 60,965,224 parameters then, 62,378,344 with ``groups=1``, at 1000 classes. Padding conv1 by 2
-    gives the 55 x 55 maps that its paper states. Weights start at N(0, 0.01), the biases of conv2, conv4, conv5,
-    fc6 and fc7 at 1 and the others at 0, from torch's global generator.
+    ``groups=2``. 60,965,224 parameters then, 62,378,344 with ``groups=1``, at 1000 classes. Padding conv1 by
+    2 gives the 55 x 55 maps that its paper states. Weights start at N(0, 0.01), the biases of conv2, conv4,
+    conv5, fc6 and fc7 at 1 and the others at 0, from torch's global generator.
 
     Args:
         num_classes: C, the number of logits.
@@ -77,5 +77,5 @@ class AlexNet(nn.Module):
 def alexnet(
     num_classes: int = 1000, in_channels: int = 3, groups: int = 2, contrast_norm: bool = True
 ) -> AlexNet:
-    """The network of Krizhevsky et al. (2012) with untrained weights; the arguments are those of ``AlexNet``."""
+    """The network of Krizhevsky et al. (2012), untrained; the arguments are those of ``AlexNet``."""
     return AlexNet(num_classes, in_channels, groups, contrast_norm)

@@ -12,7 +12,7 @@ torch.fx.wrap("max_pool2d_with_switches")
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Max-pooling on the op with switches, which is faster than torch's and keeps one byte a window for the backward.
+    """Max-pooling on the op with switches: faster than torch's, and the backward needs one byte a window.
 
     .. math::
         y_{n,c,o,q} = \\max_{i,j} x_{n,c,\\; o s_h - p_h + i d_h,\\; q s_w - p_w + j d_w}
@@ -50,8 +50,8 @@ class ContrastNorm(nn.LocalResponseNorm):
         \\qquad k = 2,\\ \\alpha = 10^{-4},\\ \\beta = 0.75
 
     The paper normalises "across feature maps" and gives no constants; its network is a correction of that of
-    Krizhevsky et al. (2012), whose section 3.3 gives these. torch divides its ``alpha`` by the number of maps,
-    so that ``alpha`` is 5e-4 there. The deconvnet passes over this layer on the way down.
+    Krizhevsky et al. (2012), whose section 3.3 gives these. torch divides its ``alpha`` by the number of
+    maps, so that ``alpha`` is 5e-4 there. The deconvnet passes over this layer on the way down.
 
     Shape: x [N, C, H, W] float to the same.
 

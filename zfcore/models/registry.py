@@ -19,7 +19,11 @@ from zfcore.models.zfnet import ZFNet, zfnet_small
 
 ASSETS = Path(__file__).resolve().parent.parent / "data" / "assets"
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"zfnet": ZFNet, "zfnet_small": zfnet_small, "alexnet": alexnet}
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "zfnet": ZFNet,
+    "zfnet_small": zfnet_small,
+    "alexnet": alexnet,
+}
 _SHIPPED: dict[str, Callable[[], nn.Module]] = {"zfnet_small_fashion": zfnet_small}
 
 
@@ -60,7 +64,9 @@ class ModelMeta:
         meta = cls(**fields)
         for name, fits, expected in _EXPECTED:
             if not fits(meta):
-                raise WeightsError(f"the weights' metadata has {name}={getattr(meta, name)!r}, expected {expected}")
+                raise WeightsError(
+                    f"the weights' metadata has {name}={getattr(meta, name)!r}, expected {expected}"
+                )
         return meta
 
 
@@ -74,10 +80,22 @@ def _all(values: object, kind: type) -> bool:
 # Checked in this order: a field, whether it is as it must be, and how that is.
 _EXPECTED: tuple[tuple[str, Callable[[ModelMeta], bool], str], ...] = (
     ("classes", lambda meta: _all(meta.classes, str) and len(meta.classes) > 0, "names"),
-    ("input_size", lambda meta: _all(meta.input_size, int) and len(meta.input_size) == 2, "two numbers of pixels"),
+    (
+        "input_size",
+        lambda meta: _all(meta.input_size, int) and len(meta.input_size) == 2,
+        "two numbers of pixels",
+    ),
     ("channels", lambda meta: _all((meta.channels,), int), "a number of channels"),
-    ("mean", lambda meta: _all(meta.mean, float) and len(meta.mean) == meta.channels, "a number for each channel"),
-    ("std", lambda meta: _all(meta.std, float) and len(meta.std) == meta.channels, "a number for each channel"),
+    (
+        "mean",
+        lambda meta: _all(meta.mean, float) and len(meta.mean) == meta.channels,
+        "a number for each channel",
+    ),
+    (
+        "std",
+        lambda meta: _all(meta.std, float) and len(meta.std) == meta.channels,
+        "a number for each channel",
+    ),
     ("std", lambda meta: min(meta.std) > 0, "positive numbers"),
     ("test_accuracy", lambda meta: _all((meta.test_accuracy,), float), "a number"),
     ("command", lambda meta: _all((meta.command,), str), "a text"),
@@ -132,13 +150,16 @@ def create(spec: str) -> nn.Module:
     if not colon:
         near = difflib.get_close_matches(spec, names(), n=3, cutoff=0.4) or names()
         raise ArgumentError(
-            f'spec={spec!r}: there is no network of that name; expected {", ".join(near)} or "package.module:factory"'
+            f"spec={spec!r}: there is no network of that name; expected {', '.join(near)} or "
+            '"package.module:factory"'
         )
     if not all(part.isidentifier() for part in (*module_name.split("."), *factory_name.split("."))):
         raise ArgumentError(f'spec={spec!r}: expected "package.module:factory"')
     model = _call(spec, _find(spec, module_name, factory_name))
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"spec={spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
+        raise ArgumentError(
+            f"spec={spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module"
+        )
     return model.eval()
 
 

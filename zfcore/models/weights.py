@@ -1,8 +1,8 @@
 """Weights files: written whole or not at all, read without running any code from them.
 
-The format is safetensors: a JSON header, then the tensors' bytes. Files written here carry the SHA-256 of their
-tensors and metadata, which is checked on reading. A ``.pth`` or ``.pt`` file is read with torch's restricted
-unpickler only.
+The format is safetensors: a JSON header, then the tensors' bytes. Files written here carry the SHA-256 of
+their tensors and metadata, which is checked on reading. A ``.pth`` or ``.pt`` file is read with torch's
+restricted unpickler only.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike, strict: bool = True)
 
     Args:
         model: takes the tensors whose names are in its ``state_dict()``, cast between float dtypes.
-        path: ``.safetensors``; or ``.pth``, ``.pt`` holding a state dict, alone or as ``{"state_dict": ...}``.
+        path: ``.safetensors``; or ``.pth``, ``.pt`` holding a state dict, alone or under "state_dict".
         strict: refuse missing and unexpected names. Without it those are passed over, but some name must fit.
 
     Returns:
         the file's metadata; empty for a ``.pth``.
 
     Raises:
-        WeightsError: the file is missing, damaged, of another kind, holds anything but tensors, or does not fit;
-            the message names the tensors that are missing, unexpected, or of another shape or dtype.
+        WeightsError: the file is missing, damaged, of another kind, holds anything but tensors, or does not
+            fit; the message names the tensors that are missing, unexpected, or of another shape or dtype.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
@@ -61,9 +61,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike, strict: bool = True)
     return metadata
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the model's ``state_dict()`` as safetensors, atomically: at any moment the path holds an old file or all
-    of the new one.
+def save_weights(
+    model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the model's ``state_dict()`` as safetensors, atomically.
+
+    At any moment the path holds what was there before, or all of the new file.
 
     Args:
         model: its parameters and persistent buffers are written, in their dtypes.
@@ -78,14 +81,18 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: Mapping[st
     write_tensors(path, model.state_dict(), metadata or {})
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """``save_weights`` for any tensors by name."""
     path = Path(path)
     if path.suffix not in SAFETENSORS:
         raise WeightsError(f"path={str(path)!r}: weights are written as .safetensors")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key == CHECKSUM:
-            raise DtypeError(f"metadata[{key!r}]={value!r}: expected text under a name other than {CHECKSUM!r}")
+            raise DtypeError(
+                f"metadata[{key!r}]={value!r}: expected text under a name other than {CHECKSUM!r}"
+            )
     # Clones, since safetensors refuses tensors that share memory.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -118,7 +125,9 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise WeightsError(f"weights {str(path)!r} are not a readable safetensors file: {error}") from error
     expected = metadata.pop(CHECKSUM, None)
     if expected is not None and expected != _checksum(tensors, metadata):
-        raise WeightsError(f"weights {str(path)!r} are damaged: their {CHECKSUM} does not match their contents")
+        raise WeightsError(
+            f"weights {str(path)!r} are damaged: their {CHECKSUM} does not match their contents"
+        )
     return tensors, metadata
 
 

@@ -104,10 +104,11 @@ class ZFNetSmall(nn.Module):
     fc8         C      full, logits
     ==========  =====  ===============================  ===========  ==============
 
-    Pools are 3 x 3 with stride 2, padded by 1. As in ZFNet a ReLU follows every layer but fc8; strides are 1, since
-    there are fewer pixels to lose. The maps of pool5 are averaged to 3 x 3, which they are at 28 pixels already, so
-    that other sizes fit fc6. Weights start at N(0, 2 / fan_in) (He et al., arXiv:1502.01852), those of fc8 as the
-    paper's at N(0, 0.01): with 0.01 throughout so small a network is slow to start learning. Biases start at 0.
+    Pools are 3 x 3 with stride 2, padded by 1. As in ZFNet a ReLU follows every layer but fc8; strides are 1,
+    since there are fewer pixels to lose. The maps of pool5 are averaged to 3 x 3, which they are at 28 pixels
+    already, so that other sizes fit fc6. Weights start at N(0, 2 / fan_in) (He et al., arXiv:1502.01852),
+    those of fc8 as the paper's at N(0, 0.01): with 0.01 throughout so small a network is slow to start
+    learning. Biases start at 0.
 
     Args:
         num_classes: C, the number of logits.

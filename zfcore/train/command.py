@@ -40,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     add = result.add_argument
-    add("--data", metavar="DIR", help="folder of the four IDX files; None: where Debian's dataset-fashion-mnist is")
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder of the four IDX files; None: where Debian's dataset-fashion-mnist is",
+    )
     add("--out", metavar="FILE", required=True, help="the weights to write, FILE.safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint beside FILE, if there is one")
     add("--threads", type=int, help="of the CPU; None: torch's choice")
@@ -50,9 +54,19 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=default.batch_size, help="pictures a step")
     add("--lr", type=float, default=default.lr, help="the learning rate's peak")
     add("--momentum", type=float, default=default.momentum, help="of SGD")
-    add("--weight-decay", type=float, default=default.weight_decay, help="added to the gradient, times the weight")
+    add(
+        "--weight-decay",
+        type=float,
+        default=default.weight_decay,
+        help="added to the gradient, times the weight",
+    )
     add("--warmup", type=float, default=default.warmup, help="share of the steps in which the rate climbs")
-    add("--filter-rms", type=float, default=default.filter_rms, help="filters' RMS is kept within it; inf: leave them")
+    add(
+        "--filter-rms",
+        type=float,
+        default=default.filter_rms,
+        help="filters' RMS is kept within it; inf: leave them",
+    )
     add("--no-flip", dest="flip", action="store_false", help="no random mirroring")
     add("--shift", type=int, default=default.shift, metavar="PIXELS", help="random shift, at most")
     add("--seed", type=int, default=default.seed, help="of the initial weights and of the training")
@@ -63,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(argv)
+    # A resumed run gives the weights of an unbroken one, so it did not need its --resume.
+    command = ["python", "-m", "zfcore.train", *(argument for argument in argv if argument != "--resume")]
     try:
         with _Interrupt() as interrupt:
-            return _train(options, shlex.join(("python", "-m", "zfcore.train", *argv)), interrupt)
+            return _train(options, shlex.join(command), interrupt)
     except (ZfcoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,7 +102,9 @@ def _train(options: argparse.Namespace, command: str, interrupt: _Interrupt) -> 
     for pictures in (images, test_images):
         if pictures.shape[1:] != images.shape[1:] or not all(28 <= side <= 64 for side in pictures.shape[2:]):
             height, width = pictures.shape[2:]
-            raise ArgumentError(f"data={str(folder)!r}: pictures of {height} x {width}; expected one size, 28 to 64")
+            raise ArgumentError(
+                f"data={str(folder)!r}: pictures of {height} x {width}; expected one size, 28 to 64"
+            )
     mean, std = pixel_statistics(images)
 
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +158,8 @@ def _check_out(out: Path, checkpoint: Path, resume: bool) -> None:
         raise ArgumentError(f"out={str(out)!r}: expected a file in a folder that can be written")
     if checkpoint.exists() and not resume:
         raise ArgumentError(
-            f"out={str(out)!r}: {checkpoint} holds an unfinished run; give --resume to continue it, or remove it"
+            f"out={str(out)!r}: {checkpoint} holds an unfinished run; give --resume to continue it, or "
+            "remove it"
         )
 
 

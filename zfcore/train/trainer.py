@@ -1,8 +1,8 @@
 """Training a classifier by SGD as the paper does, so that an interrupted run continues bit for bit.
 
-All randomness of a step (its dropout and augmentation) comes from a generator seeded with the run's seed and the
-step's number, and the order of an epoch from the seed and the epoch's number. A checkpoint therefore holds tensors
-and a step number, nothing else.
+All randomness of a step (its dropout and augmentation) comes from a generator seeded with the run's seed and
+the step's number, and the order of an epoch from the seed and the epoch's number. A checkpoint therefore
+holds tensors and a step number, nothing else.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Settings:
     """How to train.
 
     epochs, batch_size: the last batch of an epoch may be smaller.
-    lr:           the rate's peak. It climbs to it in a line over the first ``warmup`` (a share of all steps) and
-                  falls back to 0 along a half cosine.
+    lr:           the rate's peak. It climbs to it in a line over the first ``warmup`` (a share of all steps)
+                  and falls back to 0 along a half cosine.
     momentum:     of SGD; the paper's 0.9.
     weight_decay: added to the gradient, times the weight.
     filter_rms:   after each step, a convolution's filters whose RMS exceeds this are scaled back to it. The
@@ -87,7 +87,7 @@ class Epoch:
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and the standard deviation of each channel of ``images`` [N, C, H, W] uint8, scaled to 0..1."""
+    """Mean and standard deviation of each channel of ``images`` [N, C, H, W] uint8, scaled to 0..1."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -99,7 +99,7 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 pixels [N, C, H, W] as the network takes them: float32, scaled to 0..1, less the mean, over std."""
+    """uint8 pixels [N, C, H, W] as the network takes them: float32 ``(pixels / 255 - mean) / std``."""
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     pixels = images.to(torch.float32, memory_format=torch.channels_last)
     return (pixels / 255 - mean) / std
@@ -132,7 +132,7 @@ def renormalise_filters(model: nn.Module, radius: float) -> None:
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: a line up to ``settings.lr``, then a half cosine to 0."""
+    """The rate of a step (from 0) of ``steps``: a line up to ``settings.lr``, then a half cosine to 0."""
     warmup = round(settings.warmup * steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -180,8 +180,8 @@ def train(
     """Train the model in place, on the CPU, with cross-entropy and SGD.
 
     The pixels are normalised by ``pixel_statistics(images)``. torch's global generator is left as it was. The
-    same model, data, settings and thread count give the same weights, bit for bit, also when the run was stopped or
-    killed and resumed in between.
+    same model, data, settings and thread count give the same weights, bit for bit, also when the run was
+    stopped or killed and resumed in between.
 
     Args:
         model: takes float [N, C, H, W], gives logits [N, classes]. Left in eval mode.
@@ -196,9 +196,9 @@ def train(
         whether the training came to its end; False when it was stopped.
 
     Raises:
-        ShapeError, DtypeError, ArgumentError: the data is empty, has wrong shapes or dtypes, or labels that the
-            model has no logit for; or the loss became infinite or NaN; or the checkpoint is of other settings or
-            other data.
+        ShapeError, DtypeError, ArgumentError: the data is empty, has wrong shapes or dtypes, or labels that
+            the model has no logit for; or the loss became infinite or NaN; or the checkpoint is of other
+            settings or other data.
         WeightsError: the checkpoint is damaged or belongs to another network.
     """
     _check_data(model, images, labels)
@@ -268,8 +268,8 @@ class _Run:
         value = loss.item()
         if not math.isfinite(value):
             raise ArgumentError(
-                f"lr={self.settings.lr}: the loss became {value} at step {self.step}; expected a rate at which the "
-                "training stays stable"
+                f"lr={self.settings.lr}: the loss became {value} at step {self.step}; expected a rate at "
+                "which the training stays stable"
             )
         self.optimiser.zero_grad()
         loss.backward()
@@ -299,15 +299,17 @@ class _Run:
         for name, value in self.origin["settings"].items():
             if state["settings"].get(name) != value:
                 raise ArgumentError(
-                    f"{name}={value!r}: the {where} is of a run with {state['settings'].get(name)!r}; resume with "
-                    "the same settings"
+                    f"{name}={value!r}: the {where} is of a run with {state['settings'].get(name)!r}; resume "
+                    "with the same settings"
                 )
         if state["data_sha256"] != self.origin["data_sha256"]:
             raise ArgumentError(f"images: the {where} is of a run on other pictures or labels")
         own = self.model.state_dict()
         parameters = dict(self.model.named_parameters())
         expected = {f"model.{name}": value.shape for name, value in own.items()}
-        expected |= {f"momentum.{name}": value.shape for name, value in parameters.items() if self.settings.momentum}
+        expected |= {
+            f"momentum.{name}": value.shape for name, value in parameters.items() if self.settings.momentum
+        }
         if {name: value.shape for name, value in tensors.items()} != expected:
             raise WeightsError(f"{where} is of another network than {type(self.model).__name__}")
         with torch.no_grad():
@@ -329,9 +331,13 @@ def _check_data(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     if images.dim() != 4 or images.numel() == 0:
         raise ShapeError(f"images of shape {list(images.shape)}: expected [N, C, H, W], none of them 0")
     if labels.shape != images.shape[:1]:
-        raise ShapeError(f"labels of shape {list(labels.shape)}: expected [{len(images)}], one for each picture")
+        raise ShapeError(
+            f"labels of shape {list(labels.shape)}: expected [{len(images)}], one for each picture"
+        )
     if images.dtype is not torch.uint8 or labels.dtype is not torch.int64:
-        raise DtypeError(f"images {images.dtype}, labels {labels.dtype}: expected torch.uint8 and torch.int64")
+        raise DtypeError(
+            f"images {images.dtype}, labels {labels.dtype}: expected torch.uint8 and torch.int64"
+        )
     if (images == images[:, :, :1, :1]).all():
         raise ArgumentError("images: every picture is of one colour; expected pictures that differ within")
     training = model.training
@@ -341,6 +347,6 @@ def _check_data(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     model.train(training)
     if logits.dim() != 2 or labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ArgumentError(
-            f"labels run from {labels.min()} to {labels.max()}: the model's output of shape {list(logits.shape)} "
-            "needs 0 up to its number of logits"
+            f"labels run from {labels.min()} to {labels.max()}: the model's output of shape "
+            f"{list(logits.shape)} needs 0 up to its number of logits"
         )
