@@ -42,7 +42,7 @@ __all__ = ["main"]
 DEFAULT_MODEL = "zfnet_small_fashion"
 DEFAULT_SIDE = 224  # for networks that do not say what they expect
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1
-BOX_SHARE, STRIDE_SHARE = 5, 28  # the default box is a fifth of the shorter side, the stride a 28th
+BOX_SHARE, STRIDE_SHARE = 4, 28  # the default box is a quarter of the shorter side, the stride a 28th
 FILLS = {"grey": 0.5, "black": 0.0, "white": 1.0}
 CLASSES_SHOWN = 5
 EMBEDDED_BYTES = 24 * 2**20  # of figures within the page; the rest are linked
@@ -210,7 +210,7 @@ def _add_projection(parser: argparse.ArgumentParser) -> None:
 
 def _add_occlusion(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("occlusion").add_argument
-    add("--box", type=_pair, metavar="HxW", help="pixels (default: a fifth of the shorter side)")
+    add("--box", type=_pair, metavar="HxW", help="pixels (default: a quarter of the shorter side)")
     add("--stride", type=_pair, metavar="HxW", help="pixels (default: a 28th of the shorter side)")
     add(
         "--fill",

@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MARGIN = 40
-_TILE, _TILE_GAP = 105, 11
+_TILE, _TILE_GAP = 112, 10
 _LABEL = 168  # the column that names a layer
 _PANEL, _PANEL_GAP = 340, 48
 
@@ -96,23 +96,26 @@ def projection_figure(
 
     picture: [C, H, W] in 0..1. classes: (name, probability) of the most probable, first to be drawn as bars.
     Above: each unit's projection about mid-grey, cropped to its receptive field and enlarged. Below it: the
-    part of the picture that it saw.
+    part of the picture that it saw, unless that is all of it.
     """
     shown = rgb_array(picture)
     colours = categorical(max(len(layers), 1))
     columns = max([len(layer.units) for layer in layers], default=0)
     width = max(2 * _MARGIN + _LABEL + columns * (_TILE + _TILE_GAP), 1100)
     band = enlarged(shown, 260)
-    row_height = 2 * _TILE + 62
+    tiles = [_tiles(layer, shown) for layer in layers]
+    heights = [
+        max([sum(tile.height + 4 for tile in pair) for pair in row], default=100) + 60 for row in tiles
+    ]
     top = 118
     rows_top = top + max(band.height, 210) + 44
-    sheet = Sheet(width, rows_top + len(layers) * row_height + 8)
+    sheet = Sheet(width, rows_top + sum(heights))
     _heading(sheet, title, subtitle)
 
     sheet.picture(_MARGIN, top, band)
     scale = band.width / shown.shape[1]
     for layer, colour in zip(layers, colours, strict=False):
-        if len(layer.units) and layer.activations[0] != 0:
+        if len(layer.units) and _smaller(layer.boxes[0], shown):
             y0, x0, y1, x1 = (float(v) * scale for v in layer.boxes[0])
             corners = (max(x0, 0), max(y0, 0), min(x1, band.width), min(y1, band.height))
             sheet.outline([a + b for a, b in zip(corners, (_MARGIN, top) * 2, strict=True)], colour)
@@ -123,10 +126,10 @@ def projection_figure(
     y = sheet.paragraph(
         left,
         top,
-        "Each pair shows a unit of the network: above, its activation projected back to pixels, mid-grey "
-        "being zero and the contrast each projection's own; below, the part of the picture that it saw. "
-        "Under them the unit's index and the activation that was projected. Light grey lies outside of the "
-        "picture.",
+        "Each column shows a unit of the layer: its activation projected back to pixels, mid-grey being zero "
+        "and the contrast each projection's own; below, the part of the picture that it saw, unless that is "
+        "all of it. Under them stand the unit's index and the activation that was projected. Light grey lies "
+        "outside of the picture.",
         width - _MARGIN - left,
     )
     sheet.paragraph(
@@ -136,35 +139,60 @@ def projection_figure(
         width - _MARGIN - left,
     )
 
-    for index, (layer, colour) in enumerate(zip(layers, colours, strict=False)):
-        _layer_row(sheet, rows_top + index * row_height, layer, colour, shown)
+    y = rows_top
+    for layer, colour, pairs, height in zip(layers, colours, tiles, heights, strict=False):
+        _layer_row(sheet, y, layer, colour, pairs)
+        y += height
     return sheet.image
 
 
-def _layer_row(sheet: Sheet, y: int, layer: LayerProjections, colour, shown: np.ndarray) -> None:
+def _tiles(layer: LayerProjections, shown: np.ndarray) -> list[list[Image.Image]]:
+    """Each unit's projection and, where that is not all of it, the part of the picture it saw, enlarged."""
+    rows = []
+    for projection, box in zip(layer.pixels, layer.boxes, strict=True):
+        y0, x0, y1, x1 = (int(v) for v in box)
+        # A field that is as long as the picture or longer would show mostly what lies outside: then the
+        # window is the picture, of which the field covers a part or all.
+        top, bottom = (y0, y1) if y1 - y0 < shown.shape[0] else (0, shown.shape[0])
+        left, right = (x0, x1) if x1 - x0 < shown.shape[1] else (0, shown.shape[1])
+        window = (top, left, bottom, right)
+        grey = np.uint8(128)  # no part in the projection: zero
+        inside = _cut(np.ones(shown.shape, np.uint8), window, 0)[..., :1].astype(bool)
+        field = _cut(projection_picture(projection), (top - y0, left - x0, bottom - y0, right - x0), grey)
+        # Past the edge there are no pixels to project to.
+        field = np.where(inside, field, np.uint8(OUTSIDE)).astype(np.uint8)
+        tiles = [enlarged(field, _TILE)]
+        if window != (0, 0, *shown.shape[:2]):
+            tiles.append(enlarged(_cut(shown, window, OUTSIDE), _TILE))
+        rows.append(tiles)
+    return rows
+
+
+def _layer_row(sheet: Sheet, y: int, layer: LayerProjections, colour, tiles) -> None:
     sheet.rule(_MARGIN, y - 14, sheet.image.width - _MARGIN)
     sheet.swatch(_MARGIN, y + 4, colour)
     sheet.text(_MARGIN + 24, y, layer.layer, 19, width=_LABEL - 36)
     height, width = layer.pixels.shape[-2:]
     lines = [f"sees {height} × {width} px", f"strongest {len(layer.units)}", f"of {layer.of} units"]
+    if not tiles:
+        lines = ["no unit was active", f"of {layer.of} units"]
     for line, text in enumerate(lines):
         sheet.text(_MARGIN, y + 32 + 21 * line, text, 14, MUTED, width=_LABEL - 16)
-    if not len(layer.units):
-        sheet.text(_MARGIN + _LABEL, y, "no unit was active", 15, MUTED)
-    for column, (unit, activation, box) in enumerate(
-        zip(layer.units, layer.activations, layer.boxes, strict=True)
+    for column, (unit, activation, images) in enumerate(
+        zip(layer.units, layer.activations, tiles, strict=True)
     ):
         x = _MARGIN + _LABEL + column * (_TILE + _TILE_GAP)
-        box = [int(v) for v in box]
-        inside = _cut(np.ones(shown.shape, np.uint8), box, 0)[..., :1].astype(bool)
-        # Past the edge there are no pixels to project to.
-        projection = np.where(inside, projection_picture(layer.pixels[column]), np.uint8(OUTSIDE))
-        tile = enlarged(projection.astype(np.uint8), _TILE)
-        sheet.picture(x, y, tile, frame=False)
-        sheet.picture(x, y + tile.height + 4, enlarged(_cut(shown, box, OUTSIDE), _TILE), frame=False)
-        below = y + 2 * tile.height + 9
-        sheet.text(x, below, f"{unit}", 13, INK)
-        sheet.text(x + tile.width, below, number(float(activation)), 13, MUTED, "ra")
+        below = y
+        for image in images:
+            sheet.picture(x, below, image, frame=False)
+            below += image.height + 4
+        sheet.text(x, below + 1, f"{unit}", 13, INK)
+        sheet.text(x + images[0].width, below + 1, number(float(activation)), 13, MUTED, "ra")
+
+
+def _smaller(box: Sequence[int], shown: np.ndarray) -> bool:
+    y0, x0, y1, x1 = box
+    return y1 - y0 < shown.shape[0] and x1 - x0 < shown.shape[1]
 
 
 def occlusion_figure(
@@ -194,7 +222,7 @@ def occlusion_figure(
     scores = occlusion.scores[index].detach().cpu().double().numpy()
     clean = float(occlusion.clean[index])
 
-    panels = [_Panel("The picture", _outlined(base, view, scores), ["the box that cost most, to scale"])]
+    panels = [_Panel("The picture", _outlined(base, view, scores), ["outlined: the box that cost most"])]
     if occlusion.activation is not None:
         activation = occlusion.activation[index].detach().cpu().double().numpy()
         low, high = _range(activation)
@@ -208,9 +236,9 @@ def occlusion_figure(
             )
         )
     if feature is not None:
-        panels.append(
-            _Panel("That map, projected", _projected(feature, base.size), ["its strongest position's field"])
-        )
+        local = _smaller(feature.box, shown)
+        line = "outlined: what its strongest position saw" if local else "it sees the whole picture"
+        panels.append(_Panel("That map, projected", _projected(feature, base.size, local), [line]))
     low, high = (0.0, 1.0) if probability else _range(scores)
     panels.append(
         _Panel(
@@ -348,17 +376,16 @@ def _outlined(base: Image.Image, view: _View, scores: np.ndarray) -> Image.Image
     return sheet.image
 
 
-def _projected(feature: FeatureProjection, size: tuple[int, int]) -> Image.Image:
+def _projected(feature: FeatureProjection, size: tuple[int, int], outlined: bool) -> Image.Image:
     array = projection_picture(feature.pixels)
     resample = Image.Resampling.NEAREST if size[0] >= array.shape[1] else Image.Resampling.LANCZOS
     sheet = Sheet(*size)
     sheet.picture(0, 0, Image.fromarray(array).resize(size, resample), frame=False)
-    across, down = size[0] / array.shape[1], size[1] / array.shape[0]
-    y0, x0, y1, x1 = (float(v) for v in feature.box)
-    sheet.outline(
-        (max(x0, 0) * across, max(y0, 0) * down, min(x1 * across, size[0]), min(y1 * down, size[1])),
-        (20, 20, 20),
-    )
+    if outlined:
+        across, down = size[0] / array.shape[1], size[1] / array.shape[0]
+        y0, x0, y1, x1 = (float(v) for v in feature.box)
+        corners = (max(x0, 0) * across, max(y0, 0) * down, min(x1 * across, size[0]), min(y1 * down, size[1]))
+        sheet.outline(corners, (20, 20, 20))
     return sheet.image
 
 
