@@ -364,7 +364,7 @@ class _Engine:
             carried = all(self.patch[r] is not None for r in self.consumers[stage])
             fits = union is not None and len(stage.shape) == 3
             small = fits and (union.size[0] < stage.shape[1] or union.size[1] < stage.shape[2])
-            self.patch[stage] = union if carried and small else None
+            self.patch[stage] = union if carried and small and stage.kind != "map" else None
 
     def job_positions(self):
         return getattr(self.job, "positions", "max")
