@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(project)
     _add_model(project)
     _add_projection(project)
+    project.set_defaults(score="probability")
     _add_running(project, "zfcore-projections")
 
     occlude = command(
@@ -257,9 +258,7 @@ def _index(text: str) -> int:
 def _pair(text: str) -> tuple[int, int]:
     sides = [_positive(part) for part in text.lower().split("x")]
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected one number, or two such as 32x24 (height x width)"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r}; expected one number, or height x width such as 32x24")
     return sides[0], sides[-1]
 
 
@@ -633,12 +632,15 @@ class _Run:
         return record, summary, drawn, tables, list(picture.notes)
 
     def _probabilities(self, output: object) -> list[tuple[int, str, float]]:
-        """The most probable classes: (index, name, probability); none when the output is no logits."""
+        """The most probable classes: (index, name, probability); none when the output is no table."""
         if not (isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()):
             return []
         if output.shape[1] < 2 or self.options.score == "logit":
             return []
-        shares, indices = output[0].float().softmax(0).topk(min(CLASSES_SHOWN, output.shape[1]))
+        row = output[0].float()
+        # Some networks end in a softmax of their own.
+        distribution = bool((row >= 0).all()) and abs(float(row.sum()) - 1) < 1e-3
+        shares, indices = (row if distribution else row.softmax(0)).topk(min(CLASSES_SHOWN, len(row)))
         names = self.subject.classes
         return [
             (i, names[i] if i < len(names) else f"class {i}", share)
@@ -742,7 +744,7 @@ def _json(value: object) -> str:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

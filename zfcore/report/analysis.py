@@ -39,9 +39,7 @@ def look(model: nn.Module, image: Tensor, layers: Sequence[str]) -> Seen:
             if wanted is not None and call != wanted:
                 return
             if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == 1):
-                raise ArgumentError(
-                    f"layer: {name!r} returns no feature maps; expected a tensor (1, units, ...)"
-                )
+                raise ArgumentError(f"layer: {name!r} returns no maps; expected a tensor (1, units, ...)")
             maxima.pop(name, None)  # a later call takes a later place
             # Reduced now: an in-place ReLU that follows would write over the maps.
             maps = output.detach().flatten(2) if output.dim() > 2 else output.detach()[..., None]  # [1, U, P]
