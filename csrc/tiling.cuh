@@ -37,6 +37,41 @@ struct Place {
   I n, c, y, x;
 };
 
+// The box of a tiling: along the fast, the middle and the slow axis, and over the images.
+struct Box {
+  int log2[4];
+
+  // The box with the least traffic: places, idle ones included, with half a place of overlap on each axis of the map
+  // (the windows that two boxes share). The fast axis takes between a sector (32 bytes) and a line (128 bytes).
+  Box(const int64_t size[4], bool channels_fast, int item_bytes) {
+    const int whole = log2_ceil(size[0]), line = log2_ceil(128 / item_bytes), sector = log2_ceil(32 / item_bytes);
+    const int most = line < whole ? line : whole, least = sector < whole ? sector : whole;
+    const int overlap[4] = {channels_fast ? 0 : 1, 1, channels_fast ? 1 : 0, 0};
+    double best = std::numeric_limits<double>::infinity();
+    for (int fast = most; fast >= least; --fast)
+      for (int middle = 0; middle <= log2_threads - fast; ++middle)
+        for (int slow = 0; slow <= log2_threads - fast - middle; ++slow) {
+          const int tried[4] = {fast, middle, slow, log2_threads - fast - middle - slow};
+          double cost = 1;
+          for (int axis = 0; axis < 4; ++axis)
+            cost *= double(tiles(size[axis], tried[axis])) * ((2 << tried[axis]) + overlap[axis]);
+          if (cost < best) {
+            best = cost;
+            for (int axis = 0; axis < 4; ++axis) log2[axis] = tried[axis];
+          }
+        }
+  }
+
+  static int64_t tiles(int64_t size, int log2) { return (size + (int64_t(1) << log2) - 1) >> log2; }
+
+ private:
+  static int log2_ceil(int64_t n) {
+    int log2 = 0;
+    while (log2 < log2_threads && (int64_t(1) << log2) < n) ++log2;
+    return log2;
+  }
+};
+
 // Tiles [N, C, H, W] by boxes of threads_per_block places, each of one or several channels.
 template <class I>
 class Tiling {
@@ -46,14 +81,15 @@ class Tiling {
       : lanes_(lanes), channels_fast_(channels_fast) {
     const int64_t c = channels / lanes;
     const int64_t size[4] = {channels_fast ? c : w, channels_fast ? w : h, channels_fast ? h : c, n};
-    choose(size, item_bytes);
+    const Box box(size, channels_fast, item_bytes);
     for (int axis = 0; axis < 4; ++axis) {
-      const int64_t tiles = tiles_of(size[axis], log2_[axis]);
+      const int64_t tiles = Box::tiles(size[axis], box.log2[axis]);
       if (blocks_ > max_blocks / tiles)
         throw std::runtime_error("zfcore: a map has more places than the blocks of a grid can hold");
       blocks_ *= tiles;
       tiles_[axis] = Divisor(uint32_t(tiles));
       size_[axis] = I(size[axis]);
+      log2_[axis] = box.log2[axis];
     }
   }
 
@@ -81,35 +117,7 @@ class Tiling {
  private:
   static constexpr int64_t max_blocks = 0x7fffffff;
 
-  static int64_t tiles_of(int64_t size, int log2) { return (size + (int64_t(1) << log2) - 1) >> log2; }
-  static int log2_ceil(int64_t n) {
-    int log2 = 0;
-    while (log2 < log2_threads && (int64_t(1) << log2) < n) ++log2;
-    return log2;
-  }
-
-  // The box with the least traffic: places, idle ones included, with half a place of overlap on each axis of the map
-  // (the windows that two boxes share). The fast axis takes between a sector (32 bytes) and a line (128 bytes).
-  void choose(const int64_t size[4], int item_bytes) {
-    const int whole = log2_ceil(size[0]), line = log2_ceil(128 / item_bytes), sector = log2_ceil(32 / item_bytes);
-    const int most = line < whole ? line : whole, least = sector < whole ? sector : whole;
-    const int overlap[4] = {channels_fast_ ? 0 : 1, 1, channels_fast_ ? 1 : 0, 0};
-    double best = std::numeric_limits<double>::infinity();
-    for (int fast = most; fast >= least; --fast)
-      for (int middle = 0; middle <= log2_threads - fast; ++middle)
-        for (int slow = 0; slow <= log2_threads - fast - middle; ++slow) {
-          const int log2[4] = {fast, middle, slow, log2_threads - fast - middle - slow};
-          double cost = 1;
-          for (int axis = 0; axis < 4; ++axis)
-            cost *= double(tiles_of(size[axis], log2[axis])) * ((2 << log2[axis]) + overlap[axis]);
-          if (cost < best) {
-            best = cost;
-            for (int axis = 0; axis < 4; ++axis) log2_[axis] = log2[axis];
-          }
-        }
-  }
-
-  I size_[4];  // along the fast, middle and slow axis, and the images
+  I size_[4];  // along the fast, the middle and the slow axis, and the images
   int log2_[4];
   Divisor tiles_[4];
   int lanes_;
@@ -181,13 +189,14 @@ struct Range {
   I begin, end;
 };
 
-// The taps, along one axis, of the window with this corner that lie inside a map of `size`.
+// The taps, along one axis, of the window with this corner that lie inside a map of `size`. Windows at the map's edge
+// count their way in: that costs less than divisions, whose 64-bit form is a call.
 template <class I, class W>
 ZF_HD Range<I> taps_inside(const W& window, int axis, I corner, I size) {
   const I k = window.kernel(axis), d = window.dilation(axis);
   Range<I> taps{0, k};
-  if (corner < 0) taps.begin = (d - 1 - corner) / d;
-  if (corner + (k - 1) * d >= size) taps.end = corner < size ? (size - 1 - corner) / d + 1 : 0;
+  while (taps.begin < k && corner + taps.begin * d < 0) ++taps.begin;
+  while (taps.end > taps.begin && corner + (taps.end - 1) * d >= size) --taps.end;
   return taps;
 }
 

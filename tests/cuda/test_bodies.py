@@ -1,0 +1,395 @@
+"""The bodies of the CUDA kernels, driven on the CPU over every index that a launch would have.
+
+Every case runs forwards and backwards over its blocks and threads, into guarded memory filled with a pattern: the
+result must be the same bits, and every byte of it, and no other byte, written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import random
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import samples
+import torch
+from driver import Output
+
+SAMPLES = 40  # of each dtype and layout: 4 x 8 x 40 = 1,280 an op
+
+by_dtype = pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+by_layout = pytest.mark.parametrize("layout", samples.LAYOUTS)
+
+
+# ---- The ops ------------------------------------------------------------------------------------------------------
+
+
+@by_layout
+@by_dtype
+def test_max_pool2d_with_switches(driver, dtype, layout):
+    for sample in samples.table(SAMPLES, dtype=dtype, layout=layout):
+        cases.check_pool(driver, sample)
+
+
+@by_layout
+@by_dtype
+def test_unpool(driver, dtype, layout):
+    for sample in samples.table(SAMPLES, dtype=dtype, layout=layout):
+        for size in cases.unpooled_sizes(sample):
+            cases.check_unpool(driver, sample, size, relu=bool(sample.seed % 2), overlap=sample.overlap)
+
+
+@by_layout
+@by_dtype
+def test_pool_gather2d(driver, dtype, layout):
+    for sample in samples.table(SAMPLES, dtype=dtype, layout=layout):
+        cases.check_gather(driver, sample, sample.overlap)
+
+
+# ---- The variants of the kernels ------------------------------------------------------------------------------------
+
+
+def test_known_windows_pool(driver):
+    reached = set()
+    for sample in cases.known_samples():
+        report = cases.check_pool(driver, sample)
+        reached.add((sample.dtype, report.channels, report.packed, report.known_kernel))
+    expected = {(d, 16 // d.itemsize, True, k) for d in samples.DTYPES for k in (2, 3)}
+    expected |= {(d, 4, False, k) for d in samples.DTYPES for k in (2, 3)}
+    assert expected <= reached
+
+
+@pytest.mark.parametrize("overlap", samples.OVERLAPS)
+def test_known_windows_unpool(driver, overlap):
+    reached = set()
+    for sample in cases.known_samples():
+        for size, relu in itertools.product(cases.unpooled_sizes(sample), (False, True)):
+            report = cases.check_unpool(driver, sample, size, relu, overlap)
+            reached.add((sample.dtype, report.channels, report.packed, report.known_kernel))
+    expected = {(d, 4, False, k) for d in samples.DTYPES for k in (2, 3)}
+    assert expected <= reached
+
+
+@by_dtype
+@pytest.mark.parametrize("window", [*cases.KNOWN, ((3, 2), (2, 1), (1, 0))], ids=str)
+@pytest.mark.parametrize("channels", [8, 12, 6])
+def test_channels_last_takes_vectors(driver, dtype, window, channels):
+    """All operands channels_last, aligned: 16 bytes a thread where the channels divide, in all three ops."""
+    lanes = 16 // dtype.itemsize
+    generator = torch.Generator().manual_seed(channels)
+    pool = (*window, (1, 1))
+    for height, width in ((9, 12), (13, 7)):
+        x = samples.draw((2, channels, height, width), dtype, "special", generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        expected_y, expected_switches, _ = oracle.pool(x, *pool, False)
+        strides = cases.strides_of(expected_y.shape, "channels_last")
+        y, switches = Output(expected_y.shape, dtype, strides), Output(expected_y.shape, torch.uint8, strides)
+        back = Output(x.shape, dtype, x.stride())
+        gathered = Output(expected_y.shape, dtype, strides)
+        reports = [
+            driver.max_pool2d_with_switches(x, y.tensor, switches.tensor, pool),
+            driver.unpool_relu2d(y.tensor, switches.tensor, back.tensor, pool, True, "sum"),
+            driver.pool_gather2d(x, switches.tensor, gathered.tensor, pool, "sum"),
+        ]
+        for report in reports:
+            assert report.packed == (channels % lanes == 0)
+            if report.packed:
+                assert report.channels == lanes
+        assert oracle.same(y.check(), expected_y)
+        assert torch.equal(switches.check(), expected_switches)
+        unpooled = cases.reference.unpool_relu2d(expected_y, expected_switches, *pool, (height, width))
+        assert oracle.same(back.check(), unpooled)
+        assert oracle.same(gathered.check(), expected_y)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 4, 7])
+def test_misaligned_channels_last_takes_no_vectors(driver, shift):
+    pool = ((3, 3), (2, 2), (0, 0), (1, 1))
+    x = torch.randn(8 * 9 * 9 + shift)[shift:].as_strided((1, 8, 9, 9), (8 * 81, 1, 72, 8))
+    expected_y, expected_switches, _ = oracle.pool(x, *pool, False)
+    strides = cases.strides_of(expected_y.shape, "channels_last")
+    y, switches = Output(expected_y.shape, x.dtype, strides), Output(expected_y.shape, torch.uint8, strides)
+    report = driver.max_pool2d_with_switches(x, y.tensor, switches.tensor, pool)
+    assert report.packed == (shift % 4 == 0)
+    assert oracle.same(y.check(), expected_y) and torch.equal(switches.check(), expected_switches)
+
+
+# ---- Edge cases -----------------------------------------------------------------------------------------------------
+
+
+@by_dtype
+def test_nothing_to_do(driver, dtype):
+    pool = ((2, 2), (2, 2), (0, 0), (1, 1))
+    x, y = torch.empty(0, 3, 4, 4, dtype=dtype), torch.empty(0, 3, 2, 2, dtype=dtype)
+    switches, bad = torch.empty(0, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    assert driver.max_pool2d_with_switches(x, y, switches, pool).launches == 0
+    assert driver.unpool_relu2d(y, switches, x, pool, True, "sum", bad).launches == 0
+    assert driver.pool_gather2d(x, switches, y, pool, "sum", bad).launches == 0
+    assert bad.item() == 0
+
+
+def test_bytes_are_no_feature_map(driver):
+    x, small = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    pool = ((2, 2), (2, 2), (0, 0), (1, 1))
+    for call in (
+        lambda: driver.max_pool2d_with_switches(x, small, small, pool),
+        lambda: driver.unpool_relu2d(small, small, x, pool, True, "sum"),
+        lambda: driver.pool_gather2d(x, small, small, pool, "sum"),
+    ):
+        with pytest.raises(RuntimeError, match="must be f32, f64, bf16 or f16"):
+            call()
+
+
+def test_a_window_of_255_taps(driver):
+    """The last tap, 254, is the largest switch; the byte 255 names nothing."""
+    pool = ((15, 17), (15, 17), (0, 0), (1, 1))
+    x = torch.zeros(1, 2, 15, 17)
+    x[0, 0, -1, -1] = 1
+    y, switches = torch.empty(1, 2, 1, 1), torch.empty(1, 2, 1, 1, dtype=torch.uint8)
+    driver.max_pool2d_with_switches(x, y, switches, pool)
+    assert switches.flatten().tolist() == [254, 0]
+    out, bad = torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
+    driver.unpool_relu2d(y, switches, out, pool, True, "sum", bad)
+    assert torch.equal(out, x) and bad.item() == 0
+    switches[0, 0] = 255
+    driver.unpool_relu2d(y, switches, out, pool, True, "sum", bad)
+    assert not out.any() and bad.item() == 1
+
+
+def test_a_map_wider_than_a_float_can_count(driver):
+    """2**24 + 1 columns: no index goes through a float."""
+    width = 2**24 + 1
+    x = torch.zeros(1, 1, 1, width, dtype=torch.bfloat16)
+    x[..., -1], x[..., 5] = 2, 1
+    pool = ((1, 3), (1, 2), (0, 0), (1, 1))
+    pooled = (width - 3) // 2 + 1
+    y = torch.empty(1, 1, 1, pooled, dtype=x.dtype)
+    switches = torch.empty(1, 1, 1, pooled, dtype=torch.uint8)
+    driver.max_pool2d_with_switches(x, y, switches, pool)
+    found = y.flatten().nonzero().flatten()
+    assert found.tolist() == [2, pooled - 1]
+    assert switches.flatten()[found].tolist() == [1, 2]
+
+
+def wild_cases():
+    """Windows and maps for switches of any byte: every compiled window, and others that overlap or skip."""
+    windows = [*((*known, (1, 1)) for known in cases.KNOWN), ((3, 2), (1, 3), (1, 0), (2, 1)), ((4, 4), (1, 1), (2, 2), (1, 1))]
+    return list(itertools.product(windows, ("contiguous", "channels_last"), range(8)))
+
+
+def test_any_switch_byte_is_safe(driver):
+    """A bad switch adds nothing, reads nothing, writes nothing, and is reported."""
+    for number, (pool, layout, seed) in enumerate(wild_cases()):
+        generator = torch.Generator().manual_seed(number)
+        size = (7 + seed % 3, 8 + seed % 2)
+        pooled = oracle.pooled_size(size, (*pool, False))
+        shape, taps = (2, 8, *pooled), pool[0][0] * pool[0][1]
+        limit = 256 if seed % 2 else taps + 1  # any byte, or mostly taps, of which some lie outside the map
+        switches = samples.lay_out(torch.randint(0, limit, shape, generator=generator, dtype=torch.uint8), layout)
+        y = samples.lay_out(torch.randn(shape, generator=generator), layout)
+        x = samples.lay_out(torch.randn((2, 8, *size), generator=generator), layout)
+        valid, row, column = named_places(switches, size, pool)
+        place = torch.where(valid, row * size[1] + column, 0).flatten(2)
+
+        for overlap in samples.OVERLAPS:
+            expected, kept = torch.zeros(2, 8, size[0] * size[1]), torch.zeros(2, 8, place.size(2), dtype=torch.bool)
+            for n, c in itertools.product(range(2), range(8)):
+                for o in range(place.size(2)):
+                    if valid.flatten(2)[n, c, o]:
+                        at, value = place[n, c, o], y.flatten(2)[n, c, o]
+                        expected[n, c, at] = value if overlap == "last" else expected[n, c, at] + value
+                        kept[n, c] &= place[n, c] != at if overlap == "last" else True
+                        kept[n, c, o] = True
+            bad = torch.zeros(2, dtype=torch.int32)
+            out = Output((2, 8, *size), y.dtype, cases.strides_of((2, 8, *size), layout))
+            driver.unpool_relu2d(y, switches, out.tensor, pool, False, overlap, bad[:1])
+            assert torch.equal(out.check(), expected.view(2, 8, *size)), (pool, layout, seed, overlap)
+
+            got = Output(shape, x.dtype, cases.strides_of(shape, layout))
+            driver.pool_gather2d(x, switches, got.tensor, pool, overlap, bad[1:])
+            read = torch.where(kept, x.flatten(2).gather(2, place), 0).view(shape)
+            assert torch.equal(got.check(), read), (pool, layout, seed, overlap)
+            assert bad.tolist() == [int(not valid.all())] * 2, (pool, layout, seed)
+
+
+def named_places(switches, size, pool):
+    """For each switch whether it names a place of the map, and the row and column that it means."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = pool
+    tap = switches.long()
+    row = torch.arange(tap.size(2))[:, None] * sh - ph + tap // kw * dh
+    column = torch.arange(tap.size(3)) * sw - pw + tap % kw * dw
+    inside = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
+    return (tap < kh * kw) & inside, row, column
+
+
+@pytest.mark.parametrize("overlap", samples.OVERLAPS)
+def test_a_bad_switch_is_reported_wherever_it_is(driver, overlap):
+    pool = ((3, 3), (2, 2), (1, 1), (1, 1))
+    x = torch.randn(2, 5, 6, 7)
+    y, good, _ = oracle.pool(x, *pool, False)
+    for index in range(good.numel()):
+        switches, out = good.clone(), torch.empty_like(x)
+        switches.view(-1)[index] = 9
+        bad = torch.zeros(2, dtype=torch.int32)
+        driver.unpool_relu2d(y, switches, out, pool, True, overlap, bad[:1])
+        driver.pool_gather2d(x, switches, torch.empty_like(y), pool, overlap, bad[1:])
+        assert bad.tolist() == [1, 1], index
+
+
+# ---- Offsets past 2**31 ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def huge():
+    """12 GiB of address space, of which only the pages that a test touches take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return np.frombuffer(mmap.mmap(-1, 12 * 2**30, flags=flags), dtype=np.uint8)
+
+
+def spread_out(memory, at, x, strides):
+    """x in ``memory`` from byte ``at`` on, with these strides in elements; returns it and the bytes that it spans."""
+    bits = torch.uint8 if x.dtype == torch.uint8 else torch.int16
+    base = torch.from_numpy(memory[at:].view(np.uint8 if x.dtype == torch.uint8 else np.int16))
+    far = base.as_strided(x.shape, strides)
+    far.copy_(x.view(bits) if x.dtype != torch.uint8 else x)
+    return far.view(x.dtype) if x.dtype != torch.uint8 else far
+
+
+HALF = 2**30
+FAR = {
+    # name: sizes, strides of the map, images in a launch (None: 64 bits)
+    "two images a launch": ((5, 4, 6, 6), (HALF, 36, 6, 1), 2),
+    "one image past 2**31 by its channels": ((1, 2, 6, 6), (0, 2**31 + 8, 6, 1), None),
+    "by its rows": ((2, 2, 5, 6), (7, 40, 2**29 + 9, 1), None),
+    "by its columns": ((1, 2, 6, 5), (1, 3, 40, 2**29 + 5), None),
+    "just under": ((1, 2, 6, 6), (0, 2**31 - 1 - 256 - 35, 6, 1), 1),
+    "just over": ((1, 2, 6, 6), (0, 2**31 - 256 - 35, 6, 1), None),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("pool", [((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 1), (0, 1), (2, 1))], ids=str)
+def test_offsets_past_32_bits(driver, huge, name, pool):
+    shape, strides, images = FAR[name]
+    launches = 1 if images is None else -(-shape[0] // images)
+    x = spread_out(huge, 0, torch.randn(shape).to(torch.bfloat16), strides)
+    expected_y, expected_switches, _ = oracle.pool(x.clone(), *pool, False)
+    y, switches = Output(expected_y.shape, x.dtype), Output(expected_y.shape, torch.uint8)
+    gathered = Output(expected_y.shape, x.dtype)
+    reports = [driver.max_pool2d_with_switches(x, y.tensor, switches.tensor, pool)]
+    assert oracle.same(y.check(), expected_y) and torch.equal(switches.check(), expected_switches)
+
+    reports.append(driver.pool_gather2d(x, expected_switches, gathered.tensor, pool, "sum"))
+    assert oracle.same(gathered.check(), expected_y)
+
+    wide = cases.reference.unpool_relu2d(expected_y, expected_switches, *pool, shape[2:])
+    x.copy_(torch.full(shape, torch.nan))
+    reports.append(driver.unpool_relu2d(expected_y, expected_switches, x, pool, True, "sum"))
+    assert oracle.same(x.clone(), wide)
+    for report in reports:
+        assert report.launches == launches
+        assert report.index_bits == (64 if images is None else 32)
+
+
+@pytest.mark.parametrize("index_bits", [32, 64])
+def test_switches_and_pooled_maps_far_apart(driver, huge, index_bits):
+    pool = ((2, 2), (2, 2), (0, 0), (1, 1))
+    x = torch.randn(3, 4, 4, 6).to(torch.float16)
+    expected_y, expected_switches, _ = oracle.pool(x, *pool, False)
+    step = 2**31 + 4 if index_bits == 64 else HALF
+    strides = (6, step // 3, 3, 1) if index_bits == 64 else (step, 6, 3, 1)
+    switches = spread_out(huge, 0, torch.zeros_like(expected_switches), strides)
+    y = spread_out(huge, 3 * 2**30, torch.zeros_like(expected_y), strides)
+    report = driver.max_pool2d_with_switches(x, y, switches, pool)
+    assert report.index_bits == index_bits
+    assert oracle.same(y.clone(), expected_y) and torch.equal(switches.clone(), expected_switches)
+    back = Output(x.shape, x.dtype)
+    report = driver.unpool_relu2d(y, switches, back.tensor, pool, False, "sum")
+    assert report.index_bits == index_bits
+    assert oracle.same(back.check(), cases.reference.unpool2d(expected_y, expected_switches, *pool, (4, 6)))
+
+
+def test_expanded_gradients(driver):
+    """What .sum().backward() hands over: one element with no strides at all."""
+    pool = ((3, 3), (2, 2), (0, 0), (1, 1))
+    _, switches, _ = oracle.pool(torch.randn(2, 8, 9, 9), *pool, False)
+    ones = torch.ones(()).expand(switches.shape)
+    out = Output((2, 8, 9, 9), torch.float32)
+    driver.unpool_relu2d(ones, switches, out.tensor, pool, False, "sum")
+    assert torch.equal(out.check(), cases.reference.unpool2d(ones, switches, *pool, (9, 9)))
+
+
+# ---- The arithmetic of a launch ---------------------------------------------------------------------------------------
+
+
+def test_division_by_a_fixed_divisor(driver):
+    rng = random.Random(0)
+    near_powers = [max(1, 2**k + d) for k in range(31) for d in (-1, 0, 1)]
+    divisors = {*range(1, 300), *near_powers, 2**31 - 1, *(rng.randrange(1, 2**31) for _ in range(300))}
+    for divisor in sorted(d for d in divisors if d < 2**31):
+        multiples = [m for q in (1, 2, 3, (2**31 - 1) // divisor) for m in (q * divisor - 1, q * divisor, q * divisor + 1)]
+        numbers = [0, 1, 2**31 - 1, 2**31 - 2, *multiples, *(rng.randrange(2**31) for _ in range(50))]
+        numbers = torch.tensor([n for n in numbers if 0 <= n < 2**31])
+        quotients, remainders = driver.divide(divisor, numbers)
+        assert torch.equal(quotients, numbers // divisor), divisor
+        assert torch.equal(remainders, numbers % divisor), divisor
+
+
+def test_a_launch_visits_every_place_once(driver):
+    rng = random.Random(1)
+    for _ in range(300):
+        lanes = rng.choice((1, 2, 4, 8))
+        n, h, w = rng.choice((1, 2, 7)), rng.randint(1, 40), rng.randint(1, 40)
+        c, item_bytes = lanes * rng.choice((1, 2, 3, 8, 25)), rng.choice((1, 2, 4, 8, 16))
+        for channels_fast in (False, True):
+            _, visits = driver.visit(n, c, lanes, h, w, channels_fast, item_bytes)
+            assert (visits == 1).all(), (n, c, lanes, h, w, channels_fast, item_bytes)
+
+
+@pytest.mark.parametrize(
+    "shape, lanes, channels_fast",
+    [
+        ((32, 96, 55, 55), 4, True),  # ZFNet's pool1 in fp32, channels_last and not
+        ((32, 96, 55, 55), 4, False),
+        ((32, 256, 13, 13), 8, True),  # pool2 in bf16
+        ((32, 256, 13, 13), 4, False),
+        ((32, 256, 6, 6), 4, True),
+        ((4096, 256, 1, 1), 4, True),  # projections: many small patches
+        ((4096, 96, 7, 7), 4, True),
+        ((4096, 256, 3, 3), 4, False),
+    ],
+)
+def test_few_threads_idle(driver, shape, lanes, channels_fast):
+    n, c, h, w = shape
+    blocks, _ = driver.visit(n, c, lanes, h, w, channels_fast, 4 * lanes if channels_fast else 4, count=False)
+    busy = n * c // lanes * h * w / (blocks * 256)
+    assert busy > 0.55, busy
+
+
+def test_more_blocks_than_a_grid_are_refused(driver):
+    assert driver.visit(2**22, 1, 1, 1, 2**16, False, 4, count=False)[0] == 2**30
+    assert driver.visit(2**22, 1, 1, 1, 2**17 - 2**8, False, 4, count=False)[0] == 2**31 - 2**22
+    assert driver.visit(2**22, 1, 1, 1, 2**17, False, 4, count=False)[0] == -1
+    assert driver.visit(2**31 - 1, 2**31 - 1, 1, 2**31 - 1, 2**31 - 1, False, 4, count=False)[0] == -1
+
+
+# ---- Storage types ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_convert_as_torch_does(driver, dtype):
+    """Every pattern of 16 bits to float; and to 16 bits the numbers in between, which must round to nearest even."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    wide = driver.widen(patterns, dtype)
+    assert oracle.same(wide, patterns.view(dtype).float())
+
+    values = wide[wide.isfinite()].sort().values
+    between = torch.cat([(values[1:].double() + values[:-1].double()).mul(0.5).float(), values])
+    ulp = between.view(torch.int32)
+    random_bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
+    for bits in (ulp - 1, ulp, ulp + 1, random_bits):
+        numbers = bits.view(torch.float32).contiguous()
+        assert oracle.same(driver.narrow(numbers, dtype), numbers.to(dtype))
