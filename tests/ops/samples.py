@@ -144,13 +144,16 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @functools.cache
-def table(count: int, *, seed: int = 0, **fixed) -> tuple[Sample, ...]:
-    """``count`` samples; ``fixed`` fields are kept. Equal arguments give equal samples."""
+def table(count: int, *, seed: int = 0, tiny: bool = False, **fixed) -> tuple[Sample, ...]:
+    """``count`` samples; ``fixed`` fields are kept. Equal arguments give equal samples.
+
+    ``tiny`` samples have few enough values to differentiate by each of them.
+    """
     samples = []
     rng = random.Random(f"{seed} {sorted(map(str, fixed.items()))}")
     for number in range(count):
         while True:
-            sample = replace(_random(rng, number), **fixed)
+            sample = replace(_tiny(rng, number) if tiny else _random(rng, number), **fixed)
             if oracle.fits(sample.size[2:], sample.pool) and _conv_fits(sample):
                 break
         samples.append(sample)
@@ -188,6 +191,18 @@ def _random(rng: random.Random, number: int) -> Sample:
         ),
         groups=groups,
         out_channels=rng.choice((1, 2, 3, 5, 8, 12)),
+    )
+
+
+def _tiny(rng: random.Random, number: int) -> Sample:
+    n, channels = rng.choice(((1, 1), (1, 2), (2, 1)))
+    return replace(
+        _random(rng, number),
+        size=(n, channels, rng.randint(1, 5), rng.randint(1, 4)),
+        values="normal",
+        conv_kernel=_pair(rng, 1, 2),
+        out_channels=1,
+        groups=rng.choice((1, channels)),
     )
 
 
