@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # about metadata that is not read
+            warnings.showwarning = _Notes()
             return options.run(options)
     except (ZfcoreError, OSError, _Interrupted) as error:
         if options.traceback:
             traceback.print_exc()
         if isinstance(error, _Interrupted):
-            _complain(f"{error}: what was done before is in {options.out}")
+            _complain(
+                f"{error}; what was finished is in {options.out}" if os.path.isdir(options.out) else error
+            )
             return error.code
         _complain(f"error: {error}")
         return 1 if isinstance(error, OSError) else 2
@@ -297,6 +300,19 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+class _Notes:
+    """Shows each warning once, in one line."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, message: Warning, *_: object, **__: object) -> None:
+        text = str(message).removeprefix("zfcore: ")
+        if text not in self.seen:
+            self.seen.add(text)
+            _complain(f"note: {text}")
+
+
 def _complain(message: str) -> None:
     tqdm.write(f"zfcore: {_one_line(message)}", file=sys.stderr)
 
@@ -461,8 +477,8 @@ class _Run:
         if self.options.json:
             print(_json(self._document()))
         else:
-            pictures, failed = len(self.results), len(self.failures)
-            counts = [f"{pictures} picture{'' if pictures == 1 else 's'}", f"{self.figures} figures"]
+            failed = len(self.failures)
+            counts = [_counted(len(self.results), "picture"), _counted(self.figures, "figure")]
             counts += [f"{failed} failed (errors.jsonl lists them)"] if failed else []
             print(f"{', '.join(counts)}: {page}")
         return 1 if self.failures else 0
@@ -719,6 +735,10 @@ class _Run:
         self.folder.write("errors.jsonl", lines.encode())
         self.folder.write("results.json", (_json(self._document()) + "\n").encode())
         return self.folder.write("index.html", page.encode())
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _versions() -> list[tuple[str, str]]:

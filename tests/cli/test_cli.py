@@ -61,6 +61,14 @@ def networks(tmp_path, monkeypatch):
             def fixed():
                 return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 5))
 
+            class Branches(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.net = tiny()
+
+                def forward(self, x):
+                    return self.net(x) if x.sum() > 0 else self.net(-x)
+
             def no_module():
                 return 3
             """
@@ -214,6 +222,14 @@ def test_networks_without_convolutions_can_be_occluded(capsys):
     assert "feature" not in document("out")["results"][0]["occlusion"]
     assert run("project", path, *options) == 2
     assert "runs no nn.Conv2d; name the layers with --layer" in capsys.readouterr().err
+
+
+def test_what_falls_back_is_noted_in_one_line(capsys):
+    path = picture("a.png")
+    options = ("--model", f"{NET}:Branches", "--input-size", 12, "--no-progress", "--out", "out")
+    assert run("project", path, *options) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("zfcore: note: ") and "Branches" in error and error.count("\n") == 1
 
 
 def test_json_is_the_results_file(capsys):
@@ -543,7 +559,7 @@ def test_an_interrupted_run_keeps_what_it_did(capsys, monkeypatch, number, code,
     before = signal.getsignal(number)
     assert run("project", "a.png", "b.png", "c.png", *TINY, "--out", "out") == code
     assert signal.getsignal(number) is before
-    assert capsys.readouterr().err == f"zfcore: {words}: what was done before is in out\n"
+    assert capsys.readouterr().err == f"zfcore: {words}; what was finished is in out\n"
     assert [result["path"] for result in document("out")["results"]] == ["a.png"]
     assert "a.png" in open("out/index.html").read()
     assert not [name for name in os.listdir("out") if name.endswith(".tmp")]

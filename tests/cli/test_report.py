@@ -207,6 +207,33 @@ def test_percent(share, text):
     assert figures.percent(share) == text
 
 
+@pytest.mark.parametrize(
+    "low, high, texts",
+    [
+        (335.001, 335.042, ["335.0010", "335.0215", "335.0420"]),
+        (14.7, 29.1, ["14.7", "21.9", "29.1"]),
+        (-3000, 52000, ["-3000", "24500", "52000"]),
+        (1e-9, 3e-9, ["1.00e-09", "2.00e-09", "3.00e-09"]),
+        (2, 2, ["2.00"]),
+    ],
+)
+def test_legends_tell_their_ends_apart(low, high, texts):
+    assert [text for _, text in figures._ticks(low, high)] == texts
+
+
+@pytest.mark.parametrize(
+    "highest, end", [(0.99, 1), (0.5, 0.5), (0.3, 0.5), (0.011, 0.02), (0, 1e-6), (7, 1)]
+)
+def test_the_scale_of_small_probabilities_is_small(highest, end):
+    assert figures._round_share(highest) == pytest.approx(end)
+
+
+def test_drops_are_signed():
+    assert figures._signed(0.313, True) == "+31.3 points"
+    assert figures._signed(-0.000123, True) == "−0.0123 points"
+    assert figures._signed(-2.5, False) == "−2.50" and figures._signed(0.0, False) == "0"
+
+
 def test_text_of_any_kind_can_be_drawn():
     for text in ("", "a" * 3000, "日本語.png", "e\u202egnp.exe", "\x00\x1b[31m\n", "\udcff\udc80", "🙂" * 50):
         figures.projection_figure(torch.rand(1, 8, 8), [], title=text, subtitle=text, classes=[(text, 0.5)])
@@ -354,8 +381,8 @@ def test_figures_past_the_budget_are_linked():
 
 STRANGE_PATHS = [
     "../../etc/passwd", "/etc/passwd", "..", ".", "", "/", "a/../../b.png", "a\x00b.png", "x" * 255,
-    "é" * 255,     "CON.png", "nul", "a.png/", "-rf", "~/x", "$HOME", "`id`", "a;b", "a b\tc\nd", "日本語.png", "\udcff.png",
-    ".hidden", "...", "a" * 3000 + ".png", "IMG.PNG", "img.png",
+    "é" * 255, "CON.png", "nul", "a.png/", "-rf", "~/x", "$HOME", "`id`", "a;b", "a b\tc\nd", "日本語.png",
+    "\udcff.png", ".hidden", "...", "a" * 3000 + ".png", "IMG.PNG", "img.png",
 ]  # fmt: skip
 
 

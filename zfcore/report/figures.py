@@ -232,20 +232,20 @@ def occlusion_figure(
                 "Total activation of a map",
                 view.cells(coloured(_unit(activation, low, high))),
                 [name, f"no box: {number(float(occlusion.clean_activation[index]))}"],
-                (SEQUENTIAL, _ticks(low, high, number)),
+                (SEQUENTIAL, _ticks(low, high)),
             )
         )
     if feature is not None:
         local = _smaller(feature.box, shown)
         line = "outlined: what its strongest position saw" if local else "it sees the whole picture"
         panels.append(_Panel("That map, projected", _projected(feature, base.size, local), [line]))
-    low, high = (0.0, 1.0) if probability else _range(scores)
+    low, high = (0.0, _round_share(max(clean, _range(scores)[1]))) if probability else _range(scores)
     panels.append(
         _Panel(
             f"{'Probability' if probability else 'Score'} of {target}",
             view.cells(coloured(_unit(scores, low, high))),
             ["with the box centred there", f"no box: {form(clean)}"],
-            (SEQUENTIAL, _ticks(low, high, form)),
+            (SEQUENTIAL, _ticks(low, high, percent if probability else None)),
         )
     )
     if occlusion.labels is not None:
@@ -432,12 +432,23 @@ def _unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.where(np.isnan(values), np.nan, 0.5)
 
 
-def _ticks(low: float, high: float, form) -> list[tuple[float, str]]:
+def _round_share(highest: float) -> float:
+    """The end of a probability's scale: 1, or where all are small a round number not far above them."""
+    ends = [1.0] + [digit * 10.0**-power for power in range(1, 7) for digit in (5, 2, 1)]
+    return min((end for end in ends if end >= highest), default=1.0)
+
+
+def _ticks(low: float, high: float, form=None) -> list[tuple[float, str]]:
+    """Both ends and the middle; where no form is given, with digits enough to tell them apart."""
     if high <= low:
-        return [(0.5, form(low))]
+        return [(0.5, (form or number)(low))]
+    if form is None:
+        digits = max(2 - math.floor(math.log10(high - low)), 0)
+        plain = digits <= 6 and abs(low) + abs(high) < 1e6
+        form = (lambda value: f"{value:.{digits}f}") if plain else number
     return [(0.0, form(low)), (0.5, form((low + high) / 2)), (1.0, form(high))]
 
 
 def _signed(value: float, probability: bool) -> str:
-    text = f"{100 * value:+.1f} points" if probability else f"{value:+.3g}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
+    return f"{sign}{number(abs(100 * value))} points" if probability else f"{sign}{number(abs(value))}"
