@@ -9,7 +9,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -134,8 +134,8 @@ def occlusion_map(
     covers that axis whole.
 
     model:      an nn.Module, in eval mode for the call and restored after, whatever happens.
-    images:     [N, C, H, W] or [C, H, W] (then N = 1), any float dtype, any layout, on the model's device;
-                as the network takes them, that is normalised. Cast to the dtype of the model's parameters.
+    images:     [N, C, H, W] or [C, H, W] (then N = 1), as the network takes them, that is normalised; any
+                float dtype, layout and device, brought to the model's dtype and device.
     targets:    class indices [N], one int for all images, or None for each image's own top class.
     box:        the box's side in pixels, an int or (height, width). `stride`: the same, in pixels.
     fill:       what the box shows: a number, a colour [C], or a picture [C, H, W] or [N, C, H, W].
@@ -154,7 +154,7 @@ def occlusion_map(
                 plain batched forwards give the same answer.
     progress:   draw a bar that counts box positions done.
 
-    Returns: `Occlusion`, on the images' device; floats in at least fp32.
+    Returns: `Occlusion`, on the model's device; floats in at least fp32.
     Raises: ArgumentError, ShapeError, DtypeError, DeviceError, UnitNotFound (a class or unit outside the
     network's), LayerNotFound, UnsupportedOperation.
 
@@ -183,29 +183,43 @@ def occlusion_map(
         return [scores, labels, None if totals is None else totals.take()]
 
     count, device = len(images), images.device
-    with evaluating(model), _arithmetic(precision, device), torch.no_grad(), totals or nullcontext():
+    with ExitStack() as stack:
+        # Tensors made under the caller's inference mode would not count their versions, which shows what a
+        # network writes to its input.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_arithmetic(precision, device))
+        if totals is not None:
+            stack.enter_context(totals)
         if strict:
             read_network(model, tuple(images.shape[1:]))
+
+        # Copies, since a network may write to its input.
         with _LargestResult() as largest:
-            clean = [look(images[:1], torch.arange(min(count, 1), device=device), True)]
+            clean = [look(images[:1].clone(), torch.arange(min(count, 1), device=device), True)]
         if batch_size is None:
             batch_size = largest.batch_size(images)
         for start in range(1, count, batch_size):
-            rows = images[start : start + batch_size]
+            rows = images[start : start + batch_size].clone()
             clean.append(look(rows, torch.arange(start, start + len(rows), device=device), True))
 
-        occluded = [
-            [None if part is None else part[:0] for part in clean[0]]
-        ]  # so that no image gives no rows
-        with tqdm(total=count * len(grid), unit="box", desc="occlusion", disable=not progress) as bar:
+        total, done = count * len(grid), 0
+        occluded = [None if part is None else part.new_empty(total) for part in clean[0]]
+        with tqdm(total=total, unit="box", desc="occlusion", disable=not progress) as bar:
             for rows, owners in _occluded_batches(images, fill, grid, batch_size):
-                occluded.append(look(rows, owners, False))
+                for whole, part in zip(occluded, look(rows, owners, False), strict=True):
+                    if whole is not None:
+                        whole[done : done + len(rows)] = part
+                done += len(rows)
                 if progress and device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()  # a queued forward is not a done one
                 bar.update(len(rows))
 
-    scores, labels, activation = (_joined(parts) for parts in zip(*occluded, strict=True))
-    clean_scores, clean_labels, clean_activation = (_joined(parts) for parts in zip(*clean, strict=True))
+    scores, labels, activation = occluded
+    clean_scores, clean_labels, clean_activation = (
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*clean, strict=True)
+    )
     shape = (count, grid.rows, grid.columns)
     return Occlusion(
         scores=scores.view(shape),
@@ -234,7 +248,8 @@ class _Grid:
         axes = []
         for length, side, step in zip(size, box, stride, strict=True):
             count = -(-max(length - side, 0) // step) + 1  # ceil((length - side) / step) + 1
-            axes.append(tuple((i * step, min(i * step + side, length)) for i in range(count)))
+            starts = [min(i * step, length) for i in range(count)]
+            axes.append(tuple((start, min(start + side, length)) for start in starts))
         return cls(tuple(size), *axes)
 
     @property
@@ -286,7 +301,10 @@ def _occluded_batches(
             scratch[row, :, y, x] = fill[image, :, y, x]
             holds[row] = (image, position)
         owners = torch.arange(start, start + used, device=images.device) // len(grid)
+        version = scratch._version
         yield scratch[:used], owners
+        if scratch._version != version:  # the network wrote to its input, as an in-place first layer does
+            holds = [(-1, 0)] * len(scratch)
 
 
 class _Answers:
@@ -354,7 +372,8 @@ class _Answers:
                 f"score: the callable returned {_described(scores)} for {rows} images; "
                 f"expected a tensor ({rows},)"
             )
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        # A copy: a view would keep the whole output alive, or show the next batch's.
+        return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
 
 
 class _FeatureTotals:
@@ -504,10 +523,6 @@ def _covers(starts: Tensor, ends: Tensor, length: int) -> Tensor:
     return ((starts[:, None] <= pixel) & (pixel < ends[:, None])).double()
 
 
-def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
-
-
 def _is_distribution(outputs: Tensor, dtype: torch.dtype) -> bool:
     tolerance = min(64 * torch.finfo(dtype).eps, 1e-2)
     return bool((outputs >= 0).all() & ((outputs.sum(1) - 1).abs() <= tolerance).all())
@@ -530,7 +545,7 @@ def _described(value: object) -> str:
 
 
 def _as_batch(model: nn.Module, images: Tensor) -> Tensor:
-    """The images as [N, C, H, W] in the parameters' dtype."""
+    """The images as [N, C, H, W], on the model's device and in its dtype."""
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: a {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(images, Tensor):
@@ -541,11 +556,11 @@ def _as_batch(model: nn.Module, images: Tensor) -> Tensor:
         raise ShapeError(
             f"images: shape {tuple(images.shape)}; expected (N, C, H, W) or (C, H, W), C, H, W >= 1"
         )
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is not None:
-        if parameter.device != images.device:
-            raise DeviceError(f"images: on {images.device}; expected the model's device, {parameter.device}")
-        images = images.to(parameter.dtype)
+    if images.is_meta:
+        raise DeviceError("images: on the meta device, which holds no pixels; expected a device that does")
+    # Where the model computes: most have parameters, some only buffers, a few neither.
+    own = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), images)
+    images = images.to(own.device, own.dtype)
     images = images.detach()
     return images if images.dim() == 4 else images[None]
 
