@@ -6,7 +6,16 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own header, which makes an undefined vector out of itself.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 #include "view.h"
@@ -119,12 +128,17 @@ inline void store_vector(T* p, typename Vec<T>::type v) {
 inline Vec<float>::type load_storage(const float* p) { return load_vector(p); }
 inline Vec<double>::type load_storage(const double* p) { return load_vector(p); }
 inline Vec<float>::type load_storage(const bf16* p) {
+#if ZF_VECTOR_BYTES == 64
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<Vec<float>::type>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#else
   typedef uint16_t half_vector __attribute__((vector_size(ZF_VECTOR_BYTES / 2)));
   typedef uint32_t word_vector __attribute__((vector_size(ZF_VECTOR_BYTES)));
   half_vector bits;
   std::memcpy(&bits, p, sizeof bits);
   const word_vector words = __builtin_convertvector(bits, word_vector) << 16;
   return reinterpret_cast<Vec<float>::type>(words);
+#endif
 }
 inline Vec<float>::type load_storage(const f16* p) {
 #if ZF_VECTOR_BYTES == 64
@@ -149,8 +163,21 @@ inline void store_storage(S* p, Vec<float>::type v) {
   std::memcpy(lanes, &v, sizeof lanes);
   for (int i = 0; i < Vec<float>::lanes; ++i) from_compute(lanes[i], p + i);
 }
+#if ZF_VECTOR_BYTES == 64
+inline void store_storage(bf16* p, Vec<float>::type v) {
+  typedef uint32_t word_vector __attribute__((vector_size(64)));
+  const word_vector bits = reinterpret_cast<word_vector>(v);
+  const word_vector stored = v != v ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(stored)));
+}
+inline void store_storage(f16* p, Vec<float>::type v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
-// One byte per lane to and from integer lanes.
+// One byte per lane to and from integer lanes. Where the compiler's own conversion goes byte by byte (GCC 12 does for
+// 64-byte vectors, and for the narrowing of 32-byte ones), the instruction is named.
 template <class T>
 inline typename Vec<T>::mask load_bytes(const uint8_t* p) {
   typename Vec<T>::bytes v;
@@ -162,7 +189,26 @@ inline void store_bytes(uint8_t* p, typename Vec<T>::mask v) {
   const typename Vec<T>::bytes narrow = __builtin_convertvector(v, typename Vec<T>::bytes);
   std::memcpy(p, &narrow, sizeof narrow);
 }
-#if ZF_VECTOR_BYTES == 32
+#if ZF_VECTOR_BYTES == 64
+template <>
+inline Vec<float>::mask load_bytes<float>(const uint8_t* p) {
+  return reinterpret_cast<Vec<float>::mask>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+inline Vec<double>::mask load_bytes<double>(const uint8_t* p) {
+  return reinterpret_cast<Vec<double>::mask>(
+      _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+inline void store_bytes<float>(uint8_t* p, Vec<float>::mask v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+}
+template <>
+inline void store_bytes<double>(uint8_t* p, Vec<double>::mask v) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(reinterpret_cast<__m512i>(v)));
+}
+#elif ZF_VECTOR_BYTES == 32
 template <>
 inline void store_bytes<float>(uint8_t* p, Vec<float>::mask v) {
   const __m256i words = reinterpret_cast<__m256i>(v);

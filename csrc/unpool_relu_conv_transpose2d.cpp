@@ -76,7 +76,7 @@ inline int64_t append_survivors(typename Vec<T>::type v, int32_t channel, T* val
   const auto keep = ~(v <= 0);
 #if ZF_VECTOR_BYTES == 64
   if (sizeof(T) == 4) {
-    const __mmask16 mask = _mm512_movepi32_mask(reinterpret_cast<__m512i>(keep));
+    const __mmask16 mask = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), _mm512_setzero_ps(), _CMP_NLE_UQ);
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     // Compressed in registers and stored whole: a compressing store is slow on some CPUs. The lists have room.
     _mm512_storeu_ps(reinterpret_cast<float*>(value),
