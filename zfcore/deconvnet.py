@@ -9,8 +9,8 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,22 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from zfcore.errors import ArgumentError, DtypeError, LayerNotFound, ShapeError, UnitNotFound, UnsupportedOperation
-from zfcore.network import Field, Network, Stage, evaluating, read_network, resolve_layer, rule_of_function
+from zfcore.network import (
+    Field,
+    Network,
+    Stage,
+    evaluating,
+    exact_arithmetic,
+    observing,
+    read_network,
+    resolve_layer,
+    rule_of_call,
+)
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d, unpool_relu_conv_transpose2d
 
 __all__ = ["Projection", "deconv_project", "iter_projections"]
 
+_INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 RULES = ("deconvnet", "guided", "gradient")
 SEEDS = ("activation", "one")
 OVERLAPS = ("sum", "last")
@@ -114,12 +125,11 @@ def deconv_project(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
     job = _Job(model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict)
-    parts, first = {}, 0
+    parts, first = job.nothing(), 0
+    parts = {name: value.new_empty((job.count, *value.shape[1:])) for name, value in parts.items()}
     with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
         for part in job.run():
             for name, value in part.items():
-                if name not in parts:
-                    parts[name] = value.new_empty((job.count, *value.shape[1:]))
                 parts[name][first : first + len(value)] = value
             first += len(part["pixels"])
             bar.update(len(part["pixels"]))
@@ -140,7 +150,7 @@ def iter_projections(
 
     Takes the arguments of `deconv_project`. Each Projection holds at most `batch_size` projections along one leading
     axis, image by image and in the order of `units`; its `images` and `units` say which they are. Arguments are checked
-    before the first is asked for.
+    at the call. The model is in eval mode while a batch is worked at, and as it was while the caller has one.
     """
     defaults = dict(
         positions="max", rule="deconvnet", seed="activation", overlap="sum", crop=False, batch_size=None, strict=False
@@ -167,9 +177,32 @@ def _choice(name: str, value, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of torch.compile and of data parallelism."""
+    while True:
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inside = model.module if parallel else getattr(model, "_orig_mod", None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+def _as_unwrapped(layer, model: nn.Module):
+    """A layer's name as the wrapped network has it."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    while isinstance(layer, str) and layer.partition("@")[0] not in names:
+        wrapper, dot, inside = layer.partition(".")
+        if wrapper not in ("module", "_orig_mod") or not dot:
+            break
+        layer = inside
+    return layer
+
+
 def _placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
     """The device and dtype that the model computes in: those of its first floating-point parameter or buffer."""
-    for value in (*model.parameters(), *model.buffers()):
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(value):
+            raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
         if value.is_floating_point():
             return value.device, value.dtype
     return images.device, images.dtype
@@ -193,7 +226,10 @@ class _Job:
     def __init__(self, model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict):
         if not isinstance(model, nn.Module):
             raise DtypeError(f"model={type(model).__name__}: expected an nn.Module")
-        self.model = model
+        inside = _unwrapped(model)
+        if inside is not model:
+            layer = inside if layer is model else _as_unwrapped(layer, inside)
+        self.model = model = inside
         images = _check_images(images)
         self.device, self.dtype = _placement(model, images)
         self.images = images.detach().to(self.device, self.dtype)
@@ -211,10 +247,11 @@ class _Job:
         self.batch_size = batch_size
         name, call = resolve_layer(model, layer)
         self.layer = name if call is None else f"{name}@{call}"
+        self.positions = positions
         self.reason = ""
-        with evaluating(model), torch.no_grad():
+        with self.working():
             try:
-                network = read_network(model, tuple(self.images.shape[1:]), layer)
+                network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1])
             except UnsupportedOperation as error:
                 if strict:
                     raise
@@ -234,13 +271,15 @@ class _Job:
 
     def check_units(self, units, count: int) -> Tensor:
         if units is None:
-            return torch.arange(count)
+            return torch.arange(count, device="cpu")
         given = units
-        if isinstance(units, Tensor):
+        if hasattr(units, "tolist"):  # a tensor, or numpy's array or number
             units = units.tolist()
-        if isinstance(units, int) and not isinstance(units, bool):
+        if not isinstance(units, Sequence):
             units = [units]
         try:
+            if any(isinstance(u, bool) for u in units):
+                raise TypeError("a bool is no unit")
             units = [operator.index(u) for u in units]
         except TypeError as error:
             raise DtypeError(f"units={given!r}: expected an int, a sequence of ints, or None for all") from error
@@ -249,18 +288,18 @@ class _Job:
         for unit in units:
             if not 0 <= unit < count:
                 raise UnitNotFound(f"units: {unit} is not a unit of layer {self.layer!r}, which has 0 to {count - 1}")
-        return torch.tensor(units)
+        return torch.tensor(units, device="cpu")
 
     def check_positions(self, positions) -> str | Tensor:
         if isinstance(positions, str):
             return _choice("positions", positions, ("max", "all"))
-        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        if not isinstance(positions, Tensor) or positions.dtype not in _INT_DTYPES:
             raise DtypeError(f"positions={positions!r}: expected 'max', 'all' or an int tensor [N, U, 2]")
         expected = (len(self.images), len(self.units), 2)
         if tuple(positions.shape) != expected:
             raise ShapeError(f"positions of shape {tuple(positions.shape)}: expected [N, U, 2] = {list(expected)}")
         positions = positions.detach().cpu().long()
-        size = torch.tensor(self.map_size)
+        size = torch.tensor(self.map_size, device="cpu")
         outside = ((positions < 0) | (positions >= size)).any(-1)
         if outside.any():
             row, column = positions[outside][0].tolist()
@@ -269,11 +308,36 @@ class _Job:
             )
         return positions
 
+    @contextlib.contextmanager
+    def working(self):
+        """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
+        with torch.inference_mode(False), evaluating(self.model), exact_arithmetic(self.device), torch.no_grad():
+            yield
+
     def run(self) -> Iterator[dict[str, Tensor]]:
         """The projections, in order, as dicts of Projection's tensors along one axis."""
-        with evaluating(self.model):
-            for begin, end in self.runner.image_batches():
-                yield from self.runner.run(begin, end)
+        for begin, end in self.runner.image_batches():
+            parts = self.runner.run(begin, end)
+            while True:
+                with self.working():  # not while the caller has the batch
+                    part = next(parts, None)
+                if part is None:
+                    break
+                yield part
+
+    def nothing(self) -> dict[str, Tensor]:
+        """What `run` yields, of no projections."""
+        ints = torch.empty((0, 4), dtype=torch.int64, device=self.device)
+        floats = torch.empty((0, *self.runner.picture_shape), dtype=self.dtype, device=self.device)
+        values = floats.new_empty(0, dtype=self.runner.layer_dtype)
+        return {
+            "pixels": floats,
+            "boxes": ints,
+            "activations": values,
+            "positions": ints[:, :2],
+            "images": ints[:, 0],
+            "units": ints[:, 0],
+        }
 
     def locate(self, activations: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
         """Seeds of images [begin, begin + n): positions [n, U, 2] (on the CPU), values [n, U], and what they report.
@@ -286,7 +350,7 @@ class _Job:
             positions = self.positions[begin : begin + n]
             index = (positions[..., 0] * w + positions[..., 1]).to(self.device)
         elif self.positions == "all":
-            return torch.full((n, u, 2), -1), flat.sum(-1), flat.sum(-1)
+            return torch.full((n, u, 2), -1, device="cpu"), flat.sum(-1), flat.sum(-1)
         else:
             index = torch.where(flat.isnan(), torch.full_like(flat, -torch.inf), flat).argmax(-1)
             place = index.cpu()
@@ -345,13 +409,17 @@ class _Engine:
         self.job, self.network = job, network
         self.consumers = network.consumers()
         self.layer_shape = network.layer.shape
+        self.layer_dtype = job.dtype
         self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
         self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
         self.plan_fields()
+        seen = self.seen[network.stages[0]]
+        size = seen.size if job.crop and seen is not None else job.images.shape[-2:]
+        self.picture_shape = (job.images.shape[1], *size)
 
     def plan_fields(self) -> None:
         layer = self.network.layer
-        local = isinstance(self.job_positions(), Tensor) or self.job_positions() != "all"
+        local = not isinstance(self.job.positions, str) or self.job.positions != "all"
         self.seen[layer] = self.patch[layer] = (
             Field() if layer.kind != "map" and len(layer.shape) == 3 and local else None
         )
@@ -366,9 +434,6 @@ class _Engine:
             small = fits and (union.size[0] < stage.shape[1] or union.size[1] < stage.shape[2])
             self.patch[stage] = union if carried and small and stage.kind != "map" else None
 
-    def job_positions(self):
-        return getattr(self.job, "positions", "max")
-
     @staticmethod
     def below(field: Field | None, reader: Stage) -> Field | None:
         if field is None or reader.kind == "map":
@@ -378,14 +443,12 @@ class _Engine:
     # -- the way up
 
     def image_batches(self) -> Iterator[tuple[int, int]]:
-        self.plan_fields()  # now that the positions are known
         item = torch.finfo(self.job.dtype).bits // 8
         largest = max(torch.Size(stage.shape).numel() for stage in self.network.stages)
         step = max(1, min(64, FORWARD_BYTES // (4 * largest * item)))
         for begin in range(0, len(self.job.images), step):
             yield begin, min(begin + step, len(self.job.images))
 
-    @torch.no_grad()
     def up(self, images: Tensor) -> tuple[Tensor, dict]:
         """The layer's activations, and for each stage what its way down needs."""
         values: dict[Stage, Tensor] = {}
@@ -407,6 +470,8 @@ class _Engine:
                     kept[stage] = inputs
                 elif stage.kind == "relu" and self.job.rule != "deconvnet":
                     kept[stage] = stage.options["rectifier"].derivative(inputs[0])
+                elif stage.kind == "avg_pool" and callable(stage.options["share"]):
+                    kept[stage] = stage.options["share"](inputs[0])
             values[stage] = value
             for source in stage.inputs:
                 readers[source] -= 1
@@ -438,7 +503,6 @@ class _Engine:
         sizes.append(torch.Size(self.job.images.shape[1:]).numel() if not self.job.crop else 0)
         return max(1, min(4096, SCRATCH_BYTES // (3 * max(sizes) * item)))
 
-    @torch.no_grad()
     def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
         job = self.job
         activations, kept = self.up(job.images[begin:end])
@@ -516,10 +580,9 @@ class _Engine:
                 if self.job.rule != "deconvnet":
                     slope = kept[stage][seeds.image, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]]
                     value = _times(value, slope)
-            elif stage.kind == "batch_norm":
-                value = value * stage.options["scale"]()[seeds.unit]
-            elif stage.kind == "scale":
-                value = value * stage.options["factor"]
+            elif stage.kind in ("batch_norm", "scale"):
+                scale = _scale(stage)
+                value = value * (scale[seeds.unit, 0, 0].to(value.dtype) if isinstance(scale, Tensor) else scale)
             stage = stage.inputs[0]
         if stage.kind == "conv" and self.patch[stage.inputs[0]]:
             signals[stage.inputs[0]] = self.clip(stage.inputs[0], self.first_filters(stage, seeds.unit, value), seeds)
@@ -618,11 +681,15 @@ class _Engine:
                 slope = _cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
                 signal = _times(signal, slope)
         elif stage.kind == "avg_pool":
-            signal = _avg_transpose(stage, signal, down and down.size)
-        elif stage.kind == "batch_norm":
-            signal = signal * stage.options["scale"]()[:, None, None].to(signal.dtype)
-        elif stage.kind == "scale":
-            signal = signal * stage.options["factor"]
+            share = kept.get(stage, stage.options["share"])
+            if field and isinstance(share, Tensor):
+                share = _cut(share, torch.zeros_like(seeds.image), seeds.origin(field), field.size)
+            signal = _avg_transpose(stage, signal * share, down and down.size)
+        elif stage.kind == "pad":
+            signal = signal if field else _fit(signal, stage.window.padding, source.shape[1:])
+        elif stage.kind in ("batch_norm", "scale"):
+            scale = _scale(stage)
+            signal = signal * (scale.to(signal.dtype) if isinstance(scale, Tensor) else scale)
         self.send(source, signal, down, seeds, signals)
 
     def fusable(self, pool: Stage) -> Stage | None:
@@ -679,9 +746,16 @@ class _Engine:
         ), down
 
 
+def _scale(stage: Stage) -> Tensor | float:
+    """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
+    return stage.options["scale"]()[:, None, None] if stage.kind == "batch_norm" else stage.options["factor"]
+
+
 def _times(signal: Tensor, slope: Tensor) -> Tensor:
-    """signal * slope, where a slope of 0 stops an infinity too."""
-    return torch.where(slope == 0, torch.zeros((), dtype=signal.dtype, device=signal.device), signal * slope)
+    """signal * slope, a rectifier's derivative; as a mask it stops an infinity too."""
+    if slope.dtype == torch.bool:
+        return torch.where(slope, signal, torch.zeros((), dtype=signal.dtype, device=signal.device))
+    return signal * slope
 
 
 def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -703,7 +777,7 @@ def _conv_transpose(conv: Stage, signal: Tensor, patch: tuple[int, int] | None) 
 
 def _avg_transpose(pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
     w, channels = pool.window, pool.shape[0]
-    ones = signal.new_full((channels, 1, *w.kernel), 1.0 / pool.options["divisor"])
+    ones = signal.new_ones((channels, 1, *w.kernel))
     full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, channels)
     return full if patch else _fit(full, w.padding, pool.inputs[0].shape[1:])
 
@@ -780,7 +854,7 @@ class _Rules(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        stage, in_place = rule_of_function(function, args, kwargs)
+        stage, in_place = rule_of_call(function, args, kwargs)
         x = args[0] if args else kwargs.get("input")
         if stage is None or not isinstance(x, Tensor):
             return function(*args, **kwargs)
@@ -800,8 +874,17 @@ class _Dense:
 
     def __init__(self, job: _Job, name: str, call: int | None):
         self.job, self.call = job, call
+        for path, module in job.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedOperation(
+                    f"'{path or type(job.model).__name__}' is a TorchScript module, whose operations cannot be seen; "
+                    "expected a model of Python modules"
+                )
         self.module = job.model.get_submodule(name)
-        self.layer_shape = tuple(self.up(job.images[:1])[1].shape[1:])
+        images = job.images[:1] if len(job.images) else job.images.new_zeros((1, *job.images.shape[1:]))
+        output = self.up(images)[1]
+        self.layer_shape, self.layer_dtype = tuple(output.shape[1:]), output.dtype
+        self.picture_shape = tuple(job.images.shape[1:])
 
     def image_batches(self) -> Iterator[tuple[int, int]]:
         step = min(8, self.job.batch_size or 8)
@@ -809,21 +892,18 @@ class _Dense:
             yield begin, min(begin + step, len(self.job.images))
 
     def up(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        thread, outputs = threading.get_ident(), []
+        job, outputs = self.job, []
 
-        def keep(module, args, output):
-            if threading.get_ident() == thread:
-                # A copy: an in-place operation after the layer must not change what was kept.
-                outputs.append(output.clone() if isinstance(output, Tensor) else output)
+        def keep(output):
+            # A copy: an in-place operation after the layer must not change what was kept.
+            outputs.append(output.clone() if isinstance(output, Tensor) else output)
 
-        with torch.enable_grad():
+        # A model that draws random numbers in eval mode does not move the caller's generators.
+        devices = [job.device] if job.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices):
             leaf = images.detach().clone().requires_grad_()
-            handle = self.module.register_forward_hook(keep)
-            try:
-                with _Rules(self.job.rule, self.job.overlap):
-                    self.job.model(leaf.clone())
-            finally:
-                handle.remove()
+            with observing(self.module, keep), _Rules(job.rule, job.overlap):
+                job.model(leaf.clone())
         name = self.job.layer
         if not outputs:
             raise LayerNotFound(f"layer={name!r}: expected a layer that the model calls")
@@ -838,6 +918,8 @@ class _Dense:
     def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
         job = self.job
         leaf, output = self.up(job.images[begin:end])
+        if output.shape[0] != end - begin:
+            raise ShapeError(f"layer={job.layer!r} returns {tuple(output.shape)}: expected {end - begin} images first")
         maps = output.detach()
         maps = maps[:, :, None, None] if maps.dim() == 2 else maps
         chosen = maps[:, job.units.to(job.device)]
@@ -852,9 +934,11 @@ class _Dense:
             else:
                 at = positions[:, i].to(job.device)
                 seed[rows, unit, at[:, 0], at[:, 1]] = seeds[:, i]
-            (g,) = torch.autograd.grad(
-                output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
-            )
+            g = None
+            if output.requires_grad:
+                (g,) = torch.autograd.grad(
+                    output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
+                )
             pixels[:, i] = 0 if g is None else g
         height, width = leaf.shape[-2:]
         yield {

@@ -1,9 +1,21 @@
 """Reads a network into stages with receptive-field geometry."""
 
 from zfcore.network.geometry import Field, Window
-from zfcore.network.guard import evaluating
-from zfcore.network.reader import Network, read_network, resolve_layer, rule_of_function
+from zfcore.network.guard import evaluating, exact_arithmetic, observing
+from zfcore.network.operations import rule_of_call
+from zfcore.network.reader import Network, read_network, resolve_layer
 from zfcore.network.stages import Rectifier, Stage
 
-__all__ = ["Field", "Network", "Rectifier", "Stage", "Window", "evaluating", "read_network", "resolve_layer",
-           "rule_of_function"]
+__all__ = [
+    "Field",
+    "Network",
+    "Rectifier",
+    "Stage",
+    "Window",
+    "evaluating",
+    "exact_arithmetic",
+    "observing",
+    "read_network",
+    "resolve_layer",
+    "rule_of_call",
+]

@@ -40,13 +40,23 @@ class Field(NamedTuple):
             offset.append(self.offset[axis] * s - p)
         return Field(tuple(size), tuple(jump), tuple(offset))
 
+    def above(self, window: Window) -> Field:
+        """The field of one more layer: what a position of its output sees of the map that this field is about."""
+        size, jump, offset = [], [], []
+        for axis in (0, 1):
+            k, s, p, d = (value[axis] for value in window)
+            size.append(self.size[axis] + d * (k - 1) * self.jump[axis])
+            jump.append(self.jump[axis] * s)
+            offset.append(self.offset[axis] - p * self.jump[axis])
+        return Field(tuple(size), tuple(jump), tuple(offset))
+
     def union(self, other: Field) -> Field | None:
         """The smallest field that holds both, or None where their jumps differ, so that no box holds both everywhere."""
         if self.jump != other.jump:
             return None
-        start = tuple(min(a, b) for a, b in zip(self.offset, other.offset))
-        end = tuple(max(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size))
-        return Field(tuple(e - s for s, e in zip(start, end)), self.jump, start)
+        start = tuple(min(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        end = tuple(max(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True))
+        return Field(tuple(e - s for s, e in zip(start, end, strict=True)), self.jump, start)
 
 
 def pair(value) -> Pair:

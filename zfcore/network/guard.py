@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 _lock = threading.Lock()
@@ -13,32 +15,102 @@ _holds: weakref.WeakKeyDictionary[nn.Module, _Hold] = weakref.WeakKeyDictionary(
 
 
 class _Hold:
-    """How many calls hold the model in eval mode, and which of its modules were in training mode before the first."""
+    """How many calls hold a module in eval mode, and its mode before the first of them."""
 
-    def __init__(self, model: nn.Module):
+    __slots__ = ("count", "training")
+
+    def __init__(self, training: bool):
         self.count = 0
-        self.training = [module for module in model.modules() if module.training]
+        self.training = training
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """The model in eval mode. Each module's own mode comes back when the last call that holds the model ends.
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode. Each module's own mode comes back when the last call that holds it ends.
 
-    Only the training flags are touched: parameters, buffers, gradients, hooks and random state are not.
+    Held module by module, so that calls on a model and on a part of it do not disturb one another. Only the training
+    flags are touched, and not by ``eval()``, which a model may override with more than that: parameters, buffers,
+    gradients, hooks and random state are not.
     """
+    modules = list(model.modules())
     with _lock:
-        hold = _holds.get(model)
-        if hold is None:
-            hold = _holds[model] = _Hold(model)
-        hold.count += 1
-        for module in hold.training:
-            module.training = False  # not .eval(), which a model may override with more than this
+        for module in modules:
+            hold = _holds.get(module)
+            if hold is None:
+                hold = _holds[module] = _Hold(module.training)
+            hold.count += 1
+            module.training = False
     try:
         yield model
     finally:
         with _lock:
-            hold.count -= 1
-            if hold.count == 0:
-                del _holds[model]
-                for module in hold.training:
-                    module.training = True
+            for module in modules:
+                hold = _holds[module]
+                hold.count -= 1
+                if hold.count == 0:
+                    module.training = hold.training
+                    del _holds[module]
+
+
+class Observer:
+    """A forward hook that calls ``see(output)`` in the thread that made it, and changes nothing.
+
+    The reader knows it: a module that is observed, in this thread or another, is no less readable.
+    """
+
+    def __init__(self, see: Callable[[object], None]):
+        self.see = see
+        self.thread = threading.get_ident()
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if threading.get_ident() == self.thread:
+            self.see(output)
+
+
+@contextlib.contextmanager
+def observing(module: nn.Module, see: Callable[[object], None]) -> Iterator[None]:
+    """Calls ``see`` with every output of the module in this thread."""
+    handle = module.register_forward_hook(Observer(see))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _FullPrecision:
+    """fp32 products in fp32 and the same bits twice on CUDA: no TF32 in convolutions and matrix products.
+
+    These switches are the process's, so the first user turns them and the last one turns them back.
+    """
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with _lock:
+            if self.users == 0:
+                self.undo.enter_context(
+                    torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
+                )
+                before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+                self.undo.callback(torch.set_float32_matmul_precision, before)
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            self.users -= 1
+            if self.users == 0:
+                self.undo.close()
+
+
+_full_precision = _FullPrecision()
+
+
+@contextlib.contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """The model's own precision, whatever autocast or TF32 setting surrounds the call."""
+    full = _full_precision if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, enabled=False), full:
+        yield
