@@ -62,16 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", module="PIL")  # about metadata that is not read
             warnings.showwarning = _Notes()
             return options.run(options)
-    except (ZfcoreError, OSError, _Interrupted) as error:
+    except _Interrupted as error:
+        finished = f"; what was finished is in {options.out}" if os.path.isdir(options.out) else ""
+        _complain(f"{error}{finished}")
+        return error.code
+    except Exception as error:  # the last resort: a line, for whoever runs this in a job
         if options.traceback:
             traceback.print_exc()
-        if isinstance(error, _Interrupted):
-            _complain(
-                f"{error}; what was finished is in {options.out}" if os.path.isdir(options.out) else error
-            )
-            return error.code
-        _complain(f"error: {error}")
-        return 1 if isinstance(error, OSError) else 2
+        if isinstance(error, (ZfcoreError, OSError)):
+            _complain(f"error: {error}")
+        else:
+            _complain(f"error: {type(error).__name__}: {error} (--traceback shows where)")
+        return 2 if isinstance(error, ZfcoreError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -333,11 +335,12 @@ class _Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: torch.device
+    dtype: torch.dtype
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """[C, H, W] in 0..1 -> [1, C, H, W] as the network takes it."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return ((pixels - mean) / std)[None].to(self.device)
+        return ((pixels - mean) / std)[None].to(self.device, self.dtype)
 
     def weights_hash(self) -> str:
         """SHA-256 over the names and bytes of the state dict."""
@@ -372,6 +375,7 @@ def _subject(options: argparse.Namespace) -> _Subject:
         mean=_each_channel("mean", options.mean, channels, mean),
         std=_each_channel("std", options.std, channels, std),
         device=device,
+        dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
     )
 
 
@@ -475,7 +479,7 @@ class _Run:
             finally:  # also when interrupted
                 page = self._finish()
         if self.options.json:
-            print(_json(self._document()))
+            print(_json(self.document))
         else:
             failed = len(self.failures)
             counts = [_counted(len(self.results), "picture"), _counted(self.figures, "figure")]
@@ -700,14 +704,6 @@ class _Run:
             ("took", f"{time.monotonic() - self.clock:.1f} s"),
         ]
 
-    def _document(self) -> dict:
-        return {
-            "settings": dict(self._settings()),
-            "out": os.path.abspath(self.options.out),
-            "results": self.results,
-            "failures": self.failures,
-        }
-
     def _finish(self) -> str:
         """Write errors.jsonl, results.json and index.html; returns the page's path."""
         titles = {"project": "Projections", "occlude": "Occlusion maps", "demo": "What a small network sees"}
@@ -723,17 +719,24 @@ class _Run:
         if self.others:
             facts.append((str(self.others), "other files passed over"))
         facts.append((f"{time.monotonic() - self.clock:.1f} s", "in all"))
+        settings = self._settings()
+        self.document = {
+            "settings": dict(settings),
+            "out": os.path.abspath(self.options.out),
+            "results": self.results,
+            "failures": self.failures,
+        }
         page = render_page(
             titles[mode],
             leads[mode],
             self.entries,
-            self._settings(),
+            settings,
             [(failure["path"], failure["message"]) for failure in self.failures],
             facts,
         )
         lines = "".join(_json(failure) + "\n" for failure in self.failures)
         self.folder.write("errors.jsonl", lines.encode())
-        self.folder.write("results.json", (_json(self._document()) + "\n").encode())
+        self.folder.write("results.json", (_json(self.document) + "\n").encode())
         return self.folder.write("index.html", page.encode())
 
 

@@ -69,6 +69,22 @@ def networks(tmp_path, monkeypatch):
                 def forward(self, x):
                     return self.net(x) if x.sum() > 0 else self.net(-x)
 
+            def narrow():
+                return tiny().bfloat16()
+
+            class Breaks(nn.Module):
+                calls = 0
+
+                def __init__(self):
+                    super().__init__()
+                    self.net = tiny()
+
+                def forward(self, x):
+                    Breaks.calls += 1
+                    if Breaks.calls > 1:
+                        raise KeyError("surprise")
+                    return self.net(x)
+
             def no_module():
                 return 3
             """
@@ -203,6 +219,12 @@ def test_weights_are_loaded_and_hashed(capsys):
     assert run("project", path, *TINY, "--weights", "weights.safetensors", "--out", "two") == 0
     one, two = (document(out)["settings"]["weights SHA-256"] for out in ("one", "two"))
     assert len(one) == 64 and one != two
+
+
+def test_networks_of_other_dtypes(capsys):
+    path = picture("a.png")
+    options = ("--model", f"{NET}:narrow", "--input-size", 12, "--no-progress", "--out", "out")
+    assert run("occlude", path, *options, *COARSE) == 0 and run("project", path, *options) == 0
 
 
 def test_networks_without_convolutions_can_be_occluded(capsys):
@@ -470,6 +492,13 @@ def test_wrong_arguments_are_one_line_and_exit_2(capsys, command, arguments, wor
     assert re.search(words, printed.err), printed.err
     assert printed.err.count("\n") == 1 and printed.err.startswith("zfcore: error: ") and printed.out == ""
     assert not os.path.exists("out")
+
+
+def test_what_no_one_expected_is_one_line_and_exit_1(capsys):
+    picture("a.png")
+    options = ("--model", f"{NET}:Breaks", "--input-size", 12, "--no-progress", "--out", "out")
+    assert run("project", "a.png", *options) == 1
+    assert capsys.readouterr().err == "zfcore: error: KeyError: 'surprise' (--traceback shows where)\n"
 
 
 def test_weights_that_do_not_fit(capsys):
