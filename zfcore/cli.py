@@ -231,7 +231,8 @@ def _add_occlusion(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="also map the total activation of this layer's strongest map (default: the last one)",
+        help="also map the total activation of this layer's strongest map (default: the last "
+        "convolution, rectified)",
     )
     add("--unit", type=_index, action="append", default=[], metavar="I", help="that unit's map instead")
     add("--precision", choices=("exact", "bf16"), default="exact")
@@ -488,15 +489,16 @@ class _Run:
         return 1 if self.failures else 0
 
     def fail(self, path: str, kind: str, message: str) -> None:
-        self.failures.append({"path": path, "error": kind, "message": _one_line(message)})
-        _complain(f"{message}" if repr(path) in message else f"{path!r}: {message}")
+        message = _one_line(message).removeprefix(f"{path!r}: ")
+        self.failures.append({"path": path, "error": kind, "message": message})
+        _complain(f"{path!r}: {message}")
 
     def _prepare(self) -> None:
         """Whatever of the arguments would fail on every picture fails here, on a blank one."""
         subject, options = self.subject, self.options
         blank = subject.normalised(torch.full((subject.channels, *subject.input_size), 0.5))
         try:
-            convolutions = analysis.conv_layers(subject.model, blank)
+            order = analysis.forward_order(subject.model, blank)
         except ZfcoreError:
             raise
         except Exception as error:  # the model's own code
@@ -504,7 +506,17 @@ class _Run:
                 f"model: {options.model!r} fails on a picture {tuple(blank.shape)} ({_one_line(error)}); "
                 "see --input-size and --channels"
             ) from error
-        self.layers = list(dict.fromkeys(options.layer)) or convolutions
+        convolutions = analysis.conv_layers(subject.model, order)
+        if options.mode == "occlude" and (len(options.layer) > 1 or len(options.unit) > 1):
+            raise ArgumentError("layer, unit: given more than once; occlude maps one unit of one layer")
+        if options.layer or not convolutions:
+            feature = next(iter(options.layer), None)
+        else:
+            feature = analysis.rectified(subject.model, order, convolutions[-1])
+        if options.mode == "occlude":
+            self.layers = [feature] if feature else []
+        else:
+            self.layers = list(dict.fromkeys(options.layer)) or convolutions
         if not self.layers and options.mode == "project":
             raise ArgumentError(f"model: {options.model!r} runs no nn.Conv2d; name the layers with --layer")
         seen = analysis.look(subject.model, blank, self.layers)
@@ -514,8 +526,6 @@ class _Run:
                     raise UnitNotFound(f"unit: {unit} of layer {name!r}; expected 0 to {len(maxima) - 1}")
         if options.mode == "project":
             return
-        if options.mode == "occlude" and (len(options.layer) > 1 or len(options.unit) > 1):
-            raise ArgumentError("layer, unit: given more than once; occlude maps one unit of one layer")
         shorter = min(subject.input_size)
         self.occlusion = {
             "box": options.box or (max(1, shorter // BOX_SHARE),) * 2,
@@ -523,7 +533,7 @@ class _Run:
             "fill": self._fill(),
             "score": options.score,
             "precision": options.precision,
-            "layer": self.layers[-1] if self.layers else None,
+            "layer": feature,
             "unit": options.unit[0] if options.unit else None,
             "target": self._target(seen.output),
             "batch_size": options.batch_size,

@@ -170,7 +170,7 @@ def test_occlude(capsys):
     path = picture("a.png")
     assert run("occlude", path, *TINY, *COARSE, "--target", 2, "--fill", "0.5", "--out", "out") == 0
     made = document("out")["results"][0]["occlusion"]
-    assert made["grid"] == [3, 3] and made["target"] == 2 and made["feature"]["layer"] == "3"
+    assert made["grid"] == [3, 3] and made["target"] == 2 and made["feature"]["layer"] == "4"
     image = torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32) / 255)[None, None]
     model = models.create(f"{NET}:tiny")
     with torch.no_grad():
@@ -459,6 +459,7 @@ def test_hostile_names_stay_inert_and_inside(capsys):
         ("project", ("--layer", "0@4"), r"'0@4' does not run"),
         ("project", ("--layer", "3", "--unit", "6"), "unit: 6 of layer '3'; expected 0 to 5"),
         ("occlude", ("--layer", "3", "--unit", "6"), "unit: 6 of layer '3'; expected 0 to 5"),
+        ("occlude", ("--unit", "6"), "unit: 6 of layer '4'; expected 0 to 5"),
         ("occlude", ("--layer", "0", "--layer", "3"), "given more than once"),
         ("occlude", ("--target", "5"), "target: class 5; expected 0 to 4"),
         ("occlude", ("--target", "cat"), "target: 'cat'; expected a class's index or name"),
@@ -618,6 +619,22 @@ def test_planted_links_in_the_out_folder_are_not_followed(capsys):
     assert run("project", "a.png", *TINY, "--out", "out") == 0
     assert all(open(f"outside/{name}").read() == "kept" for name in os.listdir("outside"))
     assert not any(os.path.islink(f"out/{name}") for name in os.listdir("out"))
+
+
+def test_the_feature_map_of_an_occlusion_is_rectified():
+    conv, norm, relu = torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU()
+    image = torch.rand(1, 1, 12, 12)
+    for layers, found in (
+        ([conv, relu], "1"),
+        ([conv, norm, relu], "2"),
+        ([conv, torch.nn.MaxPool2d(2), relu], "0"),
+        ([relu, conv], "1"),
+        ([conv, relu, torch.nn.Conv2d(2, 2, 3), norm, relu], "1"),  # the same module, called again
+    ):
+        model = torch.nn.Sequential(*layers)
+        order = analysis.forward_order(model, image)
+        assert len(order) == len(layers)
+        assert analysis.rectified(model, order, analysis.conv_layers(model, order)[-1]) == found
 
 
 def test_looking_leaves_no_hooks():

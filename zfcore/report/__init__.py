@@ -1,4 +1,4 @@
-"""Figures of analyses, and the page that shows them: pictures in, PNG and HTML out, drawn with Pillow and numpy."""
+"""Figures of analyses, and the page that shows them, drawn with Pillow and numpy."""
 
 from zfcore.report.figures import FeatureProjection, LayerProjections, occlusion_figure, projection_figure
 from zfcore.report.files import OutputFolder

@@ -12,7 +12,7 @@ from zfcore.network import evaluating, resolve_layer
 from zfcore.occlusion import Occlusion, occlusion_map
 from zfcore.report.figures import FeatureProjection, LayerProjections
 
-__all__ = ["Seen", "conv_layers", "look", "occlude", "project"]
+__all__ = ["Seen", "conv_layers", "forward_order", "look", "occlude", "project", "rectified"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,13 @@ def look(model: nn.Module, image: Tensor, layers: Sequence[str]) -> Seen:
     return Seen(output, maxima)
 
 
-def conv_layers(model: nn.Module, image: Tensor) -> list[str]:
-    """The names of the convolutions that run, in the order of the forward."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and name]
+def forward_order(model: nn.Module, image: Tensor) -> list[str]:
+    """The names of the modules without children as a forward calls them, each as often as it is called."""
+    names = [name for name, module in model.named_modules() if name and not any(module.children())]
     running = []
     handles = [
-        module.register_forward_hook(lambda *_, name=name: running.append(name))
-        for name, module in model.named_modules()
-        if name in names
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: running.append(name))
+        for name in names
     ]
     try:
         with evaluating(model), torch.no_grad():
@@ -78,7 +77,26 @@ def conv_layers(model: nn.Module, image: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return list(dict.fromkeys(running))
+    return running
+
+
+def conv_layers(model: nn.Module, order: Sequence[str]) -> list[str]:
+    """The convolutions among the modules that run."""
+    return [name for name in dict.fromkeys(order) if isinstance(model.get_submodule(name), nn.Conv2d)]
+
+
+def rectified(model: nn.Module, order: Sequence[str], layer: str) -> str:
+    """The ReLU module that follows a convolution, at once or after its normalisation; else the convolution.
+
+    The paper's feature maps are rectified; the sum of a map that is not says little.
+    """
+    for name in order[len(order) - list(reversed(order)).index(layer) :]:
+        module = model.get_submodule(name)
+        if isinstance(module, (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU)):
+            return name
+        if not isinstance(module, (nn.BatchNorm2d, nn.Identity)):
+            break
+    return layer
 
 
 def project(
