@@ -7,6 +7,7 @@ caller keeps the tensor alive for the call. Results are made here, so that no ke
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
@@ -29,7 +30,22 @@ from zfcore.reference._params import ConvParams, Pair, PoolParams, overlap_mode
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
-threads = torch.get_num_threads
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many threads a kernel may use: torch's number, and one in a forked process, where OpenMP would wait
+    for ever for the threads that stayed in the parent.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def view(x: torch.Tensor) -> tuple:
