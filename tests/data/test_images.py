@@ -272,6 +272,7 @@ def _picture_bytes(suffix):
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about metadata
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_truncated_file_is_refused_or_whole(tmp_path, suffix):
     data = _picture_bytes(suffix)
