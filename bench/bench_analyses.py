@@ -58,6 +58,9 @@ def cut(pixels: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(pixels, (-x0, x1 - width, -y0, y1 - height))
 
 
+# Captum says at every call that it will turn gradients on and that it sets hooks.
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_deconv_project(layer, row, groups, benchmark):
