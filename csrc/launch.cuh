@@ -19,12 +19,14 @@ inline std::string error_text(const char* op, int device, cudaError_t error) {
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
       return where + "this machine has no NVIDIA driver (libcuda.so.1 was not found)";
     return where + "the NVIDIA driver supports CUDA " + std::to_string(driver / 1000) + "." +
-           std::to_string(driver % 1000 / 10) + ", older than the CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
-           std::to_string(CUDART_VERSION % 1000 / 10) + " that zfcore was built with (" + driver_text + ")";
+           std::to_string(driver % 1000 / 10) + ", older than the CUDA " +
+           std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
+           " that zfcore was built with (" + driver_text + ")";
   }
   if (error == cudaErrorNoDevice) return where + "the NVIDIA driver finds no GPU (" + driver_text + ")";
   if (error == cudaErrorNoKernelImageForDevice)
-    return where + "zfcore was not built for this GPU; add it to ZFCORE_CUDA_ARCHITECTURES (" + driver_text + ")";
+    return where + "zfcore was not built for this GPU; add it to ZFCORE_CUDA_ARCHITECTURES (" + driver_text +
+           ")";
   return where + driver_text;
 }
 
@@ -44,7 +46,8 @@ class DeviceGuard {
     changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_) (void)cudaSetDevice(before_);  // it was current a moment ago; a destructor has nobody to tell
+    if (changed_)
+      (void)cudaSetDevice(before_);  // it was current a moment ago; a destructor has nobody to tell
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -54,13 +57,14 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Launches `kernel`, which runs `body` at its block and thread, on every block of the body. Never synchronises.
+// Launches `kernel`, which runs `body` at its block and thread, on every block of the body. Never
+// synchronises.
 template <class Body>
 void launch(const char* op, void (*kernel)(Body), const Body& body, int device, void* stream) {
   void* arguments[] = {const_cast<Body*>(&body)};
   check(op, device,
-        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(uint32_t(body.blocks())), dim3(threads_per_block),
-                         arguments, 0, static_cast<cudaStream_t>(stream)));
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(uint32_t(body.blocks())),
+                         dim3(threads_per_block), arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace gpu

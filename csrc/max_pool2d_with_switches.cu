@@ -1,4 +1,4 @@
-// The CUDA kernel of max_pool2d_with_switches and its launcher; the kernel's body, bytes and floor are in the .cuh.
+// The CUDA kernel of max_pool2d_with_switches and its launcher. Its body, bytes and floor are in the .cuh.
 #include "max_pool2d_with_switches.h"
 
 #include "launch.cuh"
@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(gpu::threads_per_block)
 
 }  // namespace
 
-void max_pool2d_with_switches_cuda(const View& x, const View& y, const View& switches, const Window& pool, int device,
-                                   void* stream) {
+void max_pool2d_with_switches_cuda(const View& x, const View& y, const View& switches, const Window& pool,
+                                   int device, void* stream) {
   const char* const op = "max_pool2d_with_switches";
   const gpu::DeviceGuard guard(op, device);
   gpu::max_pool2d_with_switches(x, y, switches, pool, [&](const auto& body) {

@@ -1,9 +1,13 @@
-// The body of the CUDA kernel of max_pool2d_with_switches, and the choice of its variant. The contract is in the header.
+// The body of the CUDA kernel of max_pool2d_with_switches, and the choice of its variant.
+// The contract is in the header.
 //
-// Least traffic: the map in, one value and one byte out for each window. For ZFNet's pool1 (3x3/2 on 96 maps of
-// 110x110) at batch 32 in fp32 that is 149 + 37 + 9 MB; against it 84 M compares, so the kernel is bound by memory.
-// A thread makes one output of several channels, in accesses of 16 bytes where they are neighbours in memory; a whole
-// window of known size loads all of its taps before it compares the first. Taps that windows share meet in the caches.
+// Least traffic: the map in, one value and one byte out for each window. For ZFNet's pool1 (3x3/2 on 96 maps
+// of 110x110) at batch 32 in fp32 that is 149 + 37 + 9 MB; against it 84 M compares, so the kernel is bound
+// by memory.
+//
+// A thread makes one output of several channels, in accesses of 16 bytes where they are neighbours in memory.
+// A whole window of known size loads all of its taps before it compares the first. The taps that windows
+// share are met in the caches.
 #pragma once
 #include "tiling.cuh"
 
@@ -14,7 +18,8 @@ namespace gpu {
 template <class S, class I, class W, class L>
 class MaxPool {
  public:
-  MaxPool(const View& x, const View& y, const View& switches, const Window& pool, int64_t first, int64_t images)
+  MaxPool(const View& x, const View& y, const View& switches, const Window& pool, int64_t first,
+          int64_t images)
       : x_(x, first),
         y_(y, first),
         switches_(switches, first),
@@ -28,7 +33,8 @@ class MaxPool {
   ZF_HD void operator()(uint32_t block, uint32_t thread) const {
     Place<I> p;
     if (!tiling_.place(block, thread, &p)) return;
-    const I top = p.y * window_.stride(0) - window_.padding(0), left = p.x * window_.stride(1) - window_.padding(1);
+    const I top = p.y * window_.stride(0) - window_.padding(0),
+            left = p.x * window_.stride(1) - window_.padding(1);
     T best[V];
     int tap[V];
     constexpr int kernel = W::known_kernel;
@@ -76,7 +82,8 @@ class MaxPool {
 
   // Any window, clipped at the map's edge.
   ZF_HD void pool_clipped(I n, I c, I top, I left, T* best, int* tap) const {
-    const Range<I> rows = taps_inside(window_, 0, top, height_), columns = taps_inside(window_, 1, left, width_);
+    const Range<I> rows = taps_inside(window_, 0, top, height_),
+                   columns = taps_inside(window_, 1, left, width_);
     const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;
     const int first = empty ? 0 : int(rows.begin * window_.kernel(1) + columns.begin);
 #pragma unroll
@@ -113,7 +120,8 @@ void max_pool2d_with_switches(const View& x, const View& y, const View& switches
   for_float_storage(x.dtype, [&](auto storage) {
     using S = TypeIn<decltype(storage)>;
     constexpr int lanes = vector_bytes / int(sizeof(S));
-    const bool vectors = vectors_over_channels(x, lanes, sizeof(S)) && vectors_over_channels(y, lanes, sizeof(S)) &&
+    const bool vectors = vectors_over_channels(x, lanes, sizeof(S)) &&
+                         vectors_over_channels(y, lanes, sizeof(S)) &&
                          vectors_over_channels(switches, lanes, 1);
     for_slices(pool, x, y, {&x, &y, &switches}, [&](auto index, int64_t first, int64_t images) {
       using I = TypeIn<decltype(index)>;

@@ -1,7 +1,7 @@
 // What the CUDA kernels store and compute in: f32, f64, bf16 and f16 values, and short vectors of them.
 //
-// Like every kernel body (*.cuh but launch.cuh) this file includes no CUDA header, and a plain C++ compiler takes it:
-// the tests drive the bodies on the CPU, in loops over the indices that a launch would have.
+// Like every kernel body (*.cuh but launch.cuh) this file includes no CUDA header, and a plain C++ compiler
+// takes it: the tests drive the bodies on the CPU, in loops over the indices that a launch would have.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -157,7 +157,7 @@ struct Spread {
   }
 };
 
-constexpr int vector_bytes = 16;  // the widest access of a thread
+constexpr int vector_bytes = 16;    // the widest access of a thread
 constexpr int spread_channels = 4;  // that a thread takes where they are not next to each other
 
 // A type as a value, for generic lambdas.

@@ -1,9 +1,11 @@
-// Which block and thread does what, and where its tensors' elements are: shared by the bodies of the CUDA kernels.
+// Which block and thread does what, and where its tensors' elements are: shared by the bodies of all kernels.
 //
-// A block is a small box of places (n, c, y, x), one place a thread: long along the axis that is contiguous in memory,
-// so that accesses coalesce, and about square in the map, so that neighbouring windows meet in the first-level cache.
-// Offsets are 32-bit: a batch whose offsets pass 2^31 is launched in slices of images, and only a single image that
-// passes it needs the 64-bit kernels.
+// A block is a small box of places (n, c, y, x), one place a thread: long along the axis that is contiguous
+// in memory, so that accesses coalesce, and about square in the map, so that neighbouring windows meet in the
+// first-level cache.
+//
+// Offsets are 32-bit. A batch whose offsets pass 2^31 is launched in slices of images, and only a single
+// image that passes it needs the 64-bit kernels.
 #pragma once
 #include <initializer_list>
 
@@ -15,7 +17,7 @@ namespace gpu {
 constexpr int log2_threads = 8;
 constexpr uint32_t threads_per_block = 1u << log2_threads;
 
-// Division of a number below 2^31 by one that is fixed for a launch: a multiplication by its rounded-up inverse.
+// Division of a number below 2^31 by one that is fixed for a launch: multiplies by the inverse, rounded up.
 class Divisor {
  public:
   Divisor() = default;
@@ -41,10 +43,12 @@ struct Place {
 struct Box {
   int log2[4];
 
-  // The box with the least traffic: places, idle ones included, with half a place of overlap on each axis of the map
-  // (the windows that two boxes share). The fast axis takes between a sector (32 bytes) and a line (128 bytes).
+  // The box with the least traffic: places, idle ones included, with half a place of overlap on each axis of
+  // the map (the windows that two boxes share). The fast axis takes between a sector (32 bytes) and a line
+  // (128 bytes).
   Box(const int64_t size[4], bool channels_fast, int item_bytes) {
-    const int whole = log2_ceil(size[0]), line = log2_ceil(128 / item_bytes), sector = log2_ceil(32 / item_bytes);
+    const int whole = log2_ceil(size[0]), line = log2_ceil(128 / item_bytes),
+              sector = log2_ceil(32 / item_bytes);
     const int most = line < whole ? line : whole, least = sector < whole ? sector : whole;
     const int overlap[4] = {channels_fast ? 0 : 1, 1, channels_fast ? 1 : 0, 0};
     double best = std::numeric_limits<double>::infinity();
@@ -76,7 +80,7 @@ struct Box {
 template <class I>
 class Tiling {
  public:
-  // lanes: channels of a place. item_bytes: what a thread moves along the fast axis, which is channels or columns.
+  // lanes: channels of a place. item_bytes: what a thread moves along the fast axis, channels or columns.
   Tiling(int64_t n, int64_t channels, int lanes, int64_t h, int64_t w, bool channels_fast, int item_bytes)
       : lanes_(lanes), channels_fast_(channels_fast) {
     const int64_t c = channels / lanes;
@@ -156,7 +160,8 @@ struct AnyWindow {
     for (int axis = 0; axis < 2; ++axis) {
       kernel_[axis] = I(w.kernel[axis]), stride_[axis] = I(w.stride[axis]);
       padding_[axis] = I(w.padding[axis]), dilation_[axis] = I(w.dilation[axis]);
-      taps_per_stride_[axis] = stride_[axis] / dilation_[axis], rest_per_stride_[axis] = stride_[axis] % dilation_[axis];
+      taps_per_stride_[axis] = stride_[axis] / dilation_[axis];
+      rest_per_stride_[axis] = stride_[axis] % dilation_[axis];
     }
   }
   ZF_HD I kernel(int axis) const { return kernel_[axis]; }
@@ -168,7 +173,7 @@ struct AnyWindow {
 // Geometry of a square window that is known to the compiler: loops unroll, divisions vanish.
 template <class I, int Kernel, int Stride>
 struct FixedWindow {
-  static constexpr int known_kernel = Kernel, known_stride = Stride;
+  static constexpr int known_kernel = Kernel;
   I padding_[2];
 
   explicit FixedWindow(const Window& w) : padding_{I(w.padding[0]), I(w.padding[1])} {}
@@ -189,8 +194,8 @@ struct Range {
   I begin, end;
 };
 
-// The taps, along one axis, of the window with this corner that lie inside a map of `size`. Windows at the map's edge
-// count their way in: that costs less than divisions, whose 64-bit form is a call.
+// The taps, along one axis, of the window with this corner that lie inside a map of `size`. Windows at the
+// map's edge count their way in: that costs less than divisions, whose 64-bit form is a call.
 template <class I, class W>
 ZF_HD Range<I> taps_inside(const W& window, int axis, I corner, I size) {
   const I k = window.kernel(axis), d = window.dilation(axis);
@@ -201,15 +206,19 @@ ZF_HD Range<I> taps_inside(const W& window, int axis, I corner, I size) {
 }
 
 // Walks over the windows out of `count` that reach over a place along one axis, in ascending order:
-//   for (Covering<I> w(window, axis, place, count); w.more(); w.next()) if (w.has_tap()) ... w.window, w.tap ...
+//   for (Covering<I> w(window, axis, place, count); w.more(); w.next())
+//     if (w.has_tap()) ... w.window, w.tap ...
 template <class I>
 class Covering {
  public:
   I window, tap;
 
   ZF_HD Covering(const AnyWindow<I>& w, int axis, I place, I count)
-      : dilation_(w.dilation(axis)), taps_step_(w.taps_per_stride_[axis]), rest_step_(w.rest_per_stride_[axis]) {
-    const I shifted = place + w.padding(axis), stride = w.stride(axis);  // shifted = window * stride + tap * dilation
+      : dilation_(w.dilation(axis)),
+        taps_step_(w.taps_per_stride_[axis]),
+        rest_step_(w.rest_per_stride_[axis]) {
+    const I stride = w.stride(axis);
+    const I shifted = place + w.padding(axis);  // = window * stride + tap * dilation
     const I before = shifted - dilation_ * (w.kernel(axis) - 1);
     const I end = shifted / stride + 1;
     end_ = end < count ? end : count;
@@ -231,7 +240,7 @@ class Covering {
   I end_, rest_, dilation_, taps_step_, rest_step_;
 };
 
-// ---- Choices that a launcher makes ------------------------------------------------------------------------------
+// ---- Choices that a launcher makes -----------------------------------------------------------------------
 
 // Whether `lanes` channels can be moved by one access at every place.
 inline bool vectors_over_channels(const View& v, int lanes, int item_bytes) {
@@ -249,7 +258,7 @@ inline bool channels_fastest(const View& v) { return v.stride[1] == 1 && v.strid
 inline int64_t images_in_32_bits(const Window& pool, const View& map, const View& pooled,
                                  std::initializer_list<const View*> views) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max() - int64_t(threads_per_block);
-  // Indices may pass the map's ends by a window, and the last tile may pass every axis, before they are checked.
+  // Before they are checked, indices may pass the map's ends by a window, and the last box any axis.
   if (map.c() > limit) return 0;
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t s = pool.stride[axis], d = pool.dilation[axis], count = pooled.size[axis + 2];
@@ -269,17 +278,18 @@ inline int64_t images_in_32_bits(const Window& pool, const View& map, const View
 
 // Calls f(index, first, images) for slices of a batch: `index` is Type<int32_t> where its offsets allow that.
 template <class F>
-void for_slices(const Window& pool, const View& map, const View& pooled, std::initializer_list<const View*> views,
-                const F& f) {
+void for_slices(const Window& pool, const View& map, const View& pooled,
+                std::initializer_list<const View*> views, const F& f) {
   const int64_t images = images_in_32_bits(pool, map, pooled, views);
   if (images == 0) return f(Type<int64_t>{}, 0, pooled.n());
   for (int64_t first = 0; first < pooled.n(); first += images)
     f(Type<int32_t>{}, first, pooled.n() - first < images ? pooled.n() - first : images);
 }
 
-// Calls f(Type<W>, Type<L>) with the window and the channels of a thread: the pools of the networks we know, or any;
-// `Vectors` where every access allows it, otherwise several channels, otherwise one. The variants are few, so that the
-// kernels build fast: the rare 64-bit kernel and channels that are no multiple of four take the plainest.
+// Calls f(Type<W>, Type<L>) with the window and the channels of a thread: the pools of the networks we know,
+// or any; `Vectors` where every access allows it, otherwise several channels, otherwise one. The variants are
+// few, so that the kernels build fast: the rare 64-bit kernel and channels that are no multiple of four take
+// the plainest.
 template <class I, class Vectors, class F>
 void for_variant(const Window& pool, bool vectors, int64_t channels, const F& f) {
   if constexpr (sizeof(I) == 4) {

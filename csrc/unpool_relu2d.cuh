@@ -1,12 +1,14 @@
-// The bodies of the CUDA kernels of unpool_relu2d and pool_gather2d, and the choice of their variants. The contracts
-// are in the header.
+// The bodies of the CUDA kernels of unpool_relu2d and pool_gather2d, and the choice of their variants. The
+// contracts are in the header.
 //
-// Least traffic of unpooling: one value and one byte in for each window, the whole map out. For ZFNet's pool1 (3x3/2 to
-// 96 maps of 110x110) at batch 32 in fp32 that is 37 + 9 + 149 MB. Scattering would need a cleared map (149 MB more) and
-// atomics where windows overlap, so the map is gathered: every place asks the windows over it, in raster order, which
-// of them name it. No place is written twice, no sum depends on timing, and a bad switch matches no place.
-// Least traffic of the transpose: one byte in and one value out for each window, and the sectors of the map that the
-// switches name: with three taps a side and stride two nearly all of it.
+// Least traffic of unpooling: one value and one byte in for each window, the whole map out. For ZFNet's pool1
+// (3x3/2 to 96 maps of 110x110) at batch 32 in fp32 that is 37 + 9 + 149 MB. Scattering would need a cleared
+// map (149 MB more) and atomics where windows overlap, so the map is gathered: every place asks the windows
+// over it, in raster order, which of them name it. No place is written twice, no sum depends on timing, and a
+// bad switch matches no place.
+//
+// Least traffic of the transpose: one byte in and one value out for each window, and the sectors of the map
+// that the switches name: with three taps a side and stride two nearly all of it.
 #pragma once
 #include "tiling.cuh"
 
@@ -44,7 +46,8 @@ struct UnpoolMaps {
   typename Compute<S>::type floor;
   bool last;
 
-  UnpoolMaps(const View& y_, const View& switches_, const View& out_, bool relu, Overlap overlap, int64_t first)
+  UnpoolMaps(const View& y_, const View& switches_, const View& out_, bool relu, Overlap overlap,
+             int64_t first)
       : y(y_, first),
         switches(switches_, first),
         out(out_, first),
@@ -57,7 +60,7 @@ struct UnpoolMaps {
 };
 
 // Any window: a thread makes one place of the map.
-template <class S, class I, class W, class L>
+template <class S, class I, class W, class L, int Phase = 0>
 class Unpool {
   static_assert(W::known_kernel == 0, "a known window has its own body");
 
@@ -66,7 +69,8 @@ class Unpool {
          int64_t first, int64_t images)
       : maps_(y, switches, out, relu, overlap, first),
         window_(pool),
-        tiling_(images, out.c(), V, out.h(), out.w(), channels_fastest(out), (L::packed ? V : 1) * int(sizeof(S))) {}
+        tiling_(images, out.c(), V, out.h(), out.w(), channels_fastest(out),
+                (L::packed ? V : 1) * int(sizeof(S))) {}
 
   int64_t blocks() const { return tiling_.blocks(); }
 
@@ -104,30 +108,45 @@ class Unpool {
   Tiling<I> tiling_;
 };
 
-// A window that the compiler knows: a thread makes the stride x stride places from a window's corner on, and reads the
-// few windows over them once.
-template <class S, class I, int Kernel, int Stride, class L>
-class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L> {
+// How the windows of a known size lie over a cell of `Stride` places along one axis. Cell q starts `Phase`
+// places after the corner of window q.
+template <int Kernel, int Stride, int Phase>
+struct Cell {
+  static constexpr int first = -((Kernel - 1 - Phase) / Stride);  // the first window over cell q, less q
+  static constexpr int last = (Phase + Stride - 1) / Stride;
+  static constexpr int windows = last - first + 1;
+
+  // The tap by which the i-th window over a cell reads its j-th place: one of the window's, or there is none.
+  static ZF_HD constexpr int tap(int i, int j) { return Phase + j - (first + i) * Stride; }
+  static ZF_HD constexpr bool has_tap(int i, int j) { return tap(i, j) >= 0 && tap(i, j) < Kernel; }
+};
+
+// A window that the compiler knows: a thread makes a cell of stride x stride places, and reads the few
+// windows over it once. Phase: where a row's cells start. With a padding of one, as in ZFNet, cells of phase
+// 0 would lie across the pairs of columns that can be stored together.
+template <class S, class I, int Kernel, int Stride, class L, int Phase>
+class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L, Phase> {
  public:
   Unpool(const View& y, const View& switches, const View& out, const Window& pool, bool relu, Overlap overlap,
          int64_t first, int64_t images)
       : maps_(y, switches, out, relu, overlap, first),
         window_(pool),
-        tiling_(images, out.c(), V, cells(out.h(), pool.padding[0]), cells(out.w(), pool.padding[1]),
+        tiling_(images, out.c(), V, cells(out.h(), pool.padding[0]), cells(out.w(), pool.padding[1] - Phase),
                 channels_fastest(out), (L::packed ? V : Stride) * int(sizeof(S))) {}
 
   int64_t blocks() const { return tiling_.blocks(); }
 
   ZF_HD void operator()(uint32_t block, uint32_t thread) const {
-    Place<I> p;  // of the cell: (p.y, p.x) is the last window that reaches into it
+    Place<I> p;  // (p.y, p.x) is the cell
     if (!tiling_.place(block, thread, &p)) return;
-    Vec<S, V> values[reach][reach];
-    Vec<uint8_t, V> named[reach][reach];
+    Vec<S, V> values[Rows::windows][Columns::windows];
+    Vec<uint8_t, V> named[Rows::windows][Columns::windows];
 #pragma unroll
-    for (int j = 0; j < reach; ++j)
+    for (int j = 0; j < Rows::windows; ++j)
 #pragma unroll
-      for (int i = 0; i < reach; ++i) read(p, p.y - (reach - 1) + j, p.x - (reach - 1) + i, &values[j][i], &named[j][i]);
-    const I top = p.y * Stride - window_.padding(0), left = p.x * Stride - window_.padding(1);
+      for (int i = 0; i < Columns::windows; ++i)
+        read(p, p.y + Rows::first + j, p.x + Columns::first + i, &values[j][i], &named[j][i]);
+    const I top = p.y * Stride - window_.padding(0), left = p.x * Stride - window_.padding(1) + Phase;
 #pragma unroll
     for (int row = 0; row < Stride; ++row) {
       Vec<S, V> places[Stride];
@@ -137,13 +156,13 @@ class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L> {
         for (int lane = 0; lane < V; ++lane) {
           Placed<T> placed;
 #pragma unroll
-          for (int j = 0; j < reach; ++j)
+          for (int j = 0; j < Rows::windows; ++j)
 #pragma unroll
-            for (int i = 0; i < reach; ++i) {
-              const int ky = row + (reach - 1 - j) * Stride, kx = column + (reach - 1 - i) * Stride;
-              if (ky < Kernel && kx < Kernel)
-                placed.add(named[j][i].lane[lane] == ky * Kernel + kx, widen(values[j][i].lane[lane]), maps_.last);
-            }
+            for (int i = 0; i < Columns::windows; ++i)
+              if (Rows::has_tap(j, row) && Columns::has_tap(i, column)) {
+                const int tap = Rows::tap(j, row) * Kernel + Columns::tap(i, column);
+                placed.add(named[j][i].lane[lane] == tap, widen(values[j][i].lane[lane]), maps_.last);
+              }
           places[column].lane[lane] = narrow<S>(placed.value(maps_.floor));
         }
       if (top + row >= 0 && top + row < maps_.height) write(p, top + row, left, places);
@@ -152,14 +171,15 @@ class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L> {
 
  private:
   using T = typename Compute<S>::type;
+  using Rows = Cell<Kernel, Stride, 0>;
+  using Columns = Cell<Kernel, Stride, Phase>;
   static constexpr int V = L::count;
-  static constexpr int reach = (Kernel + Stride - 1) / Stride;  // windows over a cell, along one axis
   static constexpr uint8_t no_tap = 255;
 
-  static int64_t cells(int64_t size, int64_t padding) { return (size + padding + Stride - 1) / Stride; }
+  static int64_t cells(int64_t size, int64_t before) { return (size + before + Stride - 1) / Stride; }
 
-  // A window beyond the pooled map names nothing; its neighbour in the map is read in its stead, so that all loads are
-  // under way together.
+  // A window beyond the pooled map names nothing; its neighbour in the map is read in its stead, so that all
+  // loads are under way together.
   ZF_HD void read(const Place<I>& p, I oy, I ox, Vec<S, V>* values, Vec<uint8_t, V>* named) const {
     const I near_y = clamp(oy, maps_.pooled_height - 1), near_x = clamp(ox, maps_.pooled_width - 1);
     const bool inside = near_y == oy && near_x == ox;
@@ -174,9 +194,10 @@ class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L> {
     const I first = left < 0 ? -left : 0, left_over = maps_.width - left;
     S* const start = maps_.out.at(p.n, p.c, y, left);
     if constexpr (!L::packed) {
-      // Neighbours in a row go out together where they can. Every channel has the first one's alignment, or they do not.
-      const auto misaligned = [&](const S* address) { return reinterpret_cast<uintptr_t>(address) % (Stride * sizeof(S)); };
-      if (maps_.out.x == 1 && first == 0 && left_over >= Stride && !misaligned(start) && maps_.out.c % Stride == 0) {
+      // Neighbours in a row go out together where every channel's address allows it.
+      const bool aligned = reinterpret_cast<uintptr_t>(start) % sizeof(Vec<S, Stride>) == 0 &&
+                           maps_.out.c % Stride == 0;
+      if (aligned && maps_.out.x == 1 && first == 0 && left_over >= Stride) {
 #pragma unroll
         for (int lane = 0; lane < V; ++lane) {
           Vec<S, Stride> row;
@@ -189,7 +210,8 @@ class Unpool<S, I, FixedWindow<I, Kernel, Stride>, L> {
     }
 #pragma unroll
     for (int column = 0; column < Stride; ++column)
-      if (column >= first && column < left_over) L::store(start + column * maps_.out.x, maps_.out.c, places[column]);
+      if (column >= first && column < left_over)
+        L::store(start + column * maps_.out.x, maps_.out.c, places[column]);
   }
 
   UnpoolMaps<S, I> maps_;
@@ -202,19 +224,24 @@ template <class I>
 class Named {
  public:
   Named(const Window& pool, const View& map)
-      : height(I(map.h())), width(I(map.w())), window_(pool), kernel_width_(uint32_t(pool.kernel[1])), taps_(pool.taps()) {}
+      : height(I(map.h())),
+        width(I(map.w())),
+        window_(pool),
+        kernel_width_(uint32_t(pool.kernel[1])),
+        taps_(pool.taps()) {}
 
   // Whether the switch of window (oy, ox) names a place of the map.
   ZF_HD bool place(I oy, I ox, uint8_t tap, I* y, I* x) const {
     const uint32_t ky = kernel_width_.quotient(tap);
     *y = oy * window_.stride(0) - window_.padding(0) + I(ky) * window_.dilation(0);
-    *x = ox * window_.stride(1) - window_.padding(1) + I(kernel_width_.remainder(tap, ky)) * window_.dilation(1);
+    *x = ox * window_.stride(1) - window_.padding(1) +
+         I(kernel_width_.remainder(tap, ky)) * window_.dilation(1);
     return tap < taps_ && *y >= 0 && *y < height && *x >= 0 && *x < width;
   }
 
   // Whether a window after (oy, ox), in raster order, names (y, x) too.
-  ZF_HD bool again(const uint8_t* switches, I row_stride, I column_stride, I pooled_height, I pooled_width, I oy, I ox,
-                   I y, I x) const {
+  ZF_HD bool again(const uint8_t* switches, I row_stride, I column_stride, I pooled_height, I pooled_width,
+                   I oy, I ox, I y, I x) const {
     const Covering<I> columns(window_, 1, x, pooled_width);
 #pragma unroll 1
     for (Covering<I> row(window_, 0, y, pooled_height); row.more(); row.next()) {
@@ -239,12 +266,12 @@ class Named {
 };
 
 // The transpose: a thread reads a switch of each of its channels, and the values that they name.
-// Last: the transpose of unpooling with Overlap::last, where the windows that unpooling did not keep receive 0.
+// Last: the transpose of unpooling with Overlap::last, which gives 0 to the windows that it did not keep.
 template <class S, class I, class L, bool Last>
 class PoolGather {
  public:
-  PoolGather(const View& x, const View& switches, const View& out, const Window& pool, int32_t* bad, int64_t first,
-             int64_t images)
+  PoolGather(const View& x, const View& switches, const View& out, const Window& pool, int32_t* bad,
+             int64_t first, int64_t images)
       : x_(x, first),
         switches_(switches, first),
         out_(out, first),
@@ -252,7 +279,8 @@ class PoolGather {
         pooled_height_(I(out.h())),
         pooled_width_(I(out.w())),
         bad_(bad),
-        tiling_(images, out.c(), V, out.h(), out.w(), channels_fastest(out), (L::packed ? V : 1) * int(sizeof(S))) {}
+        tiling_(images, out.c(), V, out.h(), out.w(), channels_fastest(out),
+                (L::packed ? V : 1) * int(sizeof(S))) {}
 
   int64_t blocks() const { return tiling_.blocks(); }
 
@@ -269,8 +297,8 @@ class PoolGather {
       bad = bad || !named;
       bool kept = named;
       if constexpr (Last)
-        kept = named && !named_.again(switches_.at(p.n, p.c + i, 0, 0), switches_.y, switches_.x, pooled_height_,
-                                      pooled_width_, p.y, p.x, y, x);
+        kept = named && !named_.again(switches_.at(p.n, p.c + i, 0, 0), switches_.y, switches_.x,
+                                      pooled_height_, pooled_width_, p.y, p.x, y, x);
       result.lane[i] = kept ? *x_.at(p.n, p.c + i, y, x) : S(0);  // all bits 0: the zero of every float type
     }
     L::store(out_.at(p.n, p.c, p.y, p.x), out_.c, result);
@@ -289,11 +317,12 @@ class PoolGather {
   Tiling<I> tiling_;
 };
 
-// Sets *bad when a switch names no place: unpooling itself passes such a switch by. One byte in for each window.
+// Sets *bad when a switch names no place. Unpooling itself passes such a switch by. One byte in a window.
 template <class I>
 class FindBadSwitch {
  public:
-  FindBadSwitch(const View& switches, const View& map, const Window& pool, int32_t* bad, int64_t first, int64_t images)
+  FindBadSwitch(const View& switches, const View& map, const Window& pool, int32_t* bad, int64_t first,
+                int64_t images)
       : switches_(switches, first),
         named_(pool, map),
         bad_(bad),
@@ -304,7 +333,9 @@ class FindBadSwitch {
   ZF_HD void operator()(uint32_t block, uint32_t thread) const {
     Place<I> p;
     I y, x;
-    if (tiling_.place(block, thread, &p) && !named_.place(p.y, p.x, *switches_.at(p.n, p.c, p.y, p.x), &y, &x)) *bad_ = 1;
+    if (tiling_.place(block, thread, &p) &&
+        !named_.place(p.y, p.x, *switches_.at(p.n, p.c, p.y, p.x), &y, &x))
+      *bad_ = 1;
   }
 
  private:
@@ -316,7 +347,8 @@ class FindBadSwitch {
 
 // Call launch(body) for each launch that the op takes; a launch runs the body at every block and thread.
 template <class Launch>
-void find_bad_switch(const View& switches, const View& map, const Window& pool, int32_t* bad, const Launch& launch) {
+void find_bad_switch(const View& switches, const View& map, const Window& pool, int32_t* bad,
+                     const Launch& launch) {
   if (switches.numel() == 0) return;
   for_slices(pool, map, switches, {&switches}, [&](auto index, int64_t first, int64_t images) {
     launch(FindBadSwitch<TypeIn<decltype(index)>>(switches, map, pool, bad, first, images));
@@ -327,16 +359,22 @@ template <class Launch>
 void unpool_relu2d(const View& y, const View& switches, const View& out, const Window& pool, bool relu,
                    Overlap overlap, const Launch& launch) {
   if (out.numel() == 0) return;
+  if (y.numel() == 0) throw std::invalid_argument("zfcore: a pooled map must have at least one window");
   for_float_storage(y.dtype, [&](auto storage) {
     using S = TypeIn<decltype(storage)>;
     constexpr int lanes = vector_bytes / int(sizeof(S));
-    const bool vectors = vectors_over_channels(y, lanes, sizeof(S)) && vectors_over_channels(out, lanes, sizeof(S)) &&
+    const bool vectors = vectors_over_channels(y, lanes, sizeof(S)) &&
+                         vectors_over_channels(out, lanes, sizeof(S)) &&
                          vectors_over_channels(switches, lanes, 1);
     for_slices(pool, out, y, {&y, &switches, &out}, [&](auto index, int64_t first, int64_t images) {
       using I = TypeIn<decltype(index)>;
       for_variant<I, Packed<lanes>>(pool, vectors, out.c(), [&](auto window, auto channels) {
         using W = TypeIn<decltype(window)>;
         using L = TypeIn<decltype(channels)>;
+        if constexpr (W::known_kernel == 3 && !L::packed) {
+          if (pool.padding[1] == 1)
+            return launch(Unpool<S, I, W, L, 1>(y, switches, out, pool, relu, overlap, first, images));
+        }
         launch(Unpool<S, I, W, L>(y, switches, out, pool, relu, overlap, first, images));
       });
     });
@@ -350,7 +388,8 @@ void pool_gather2d(const View& x, const View& switches, const View& out, const W
   for_storage_size(x.dtype, [&](auto storage) {
     using S = TypeIn<decltype(storage)>;
     constexpr int lanes = vector_bytes / int(sizeof(S));
-    const bool vectors = vectors_over_channels(switches, lanes, 1) && vectors_over_channels(out, lanes, sizeof(S));
+    const bool vectors =
+        vectors_over_channels(switches, lanes, 1) && vectors_over_channels(out, lanes, sizeof(S));
     for_slices(pool, x, out, {&x, &switches, &out}, [&](auto index, int64_t first, int64_t images) {
       using I = TypeIn<decltype(index)>;
       const auto gather = [&](auto channels, auto last) {

@@ -1,4 +1,4 @@
-"""What the tests of the kernels' bodies run, on the samples of the op tests and on samples that reach each variant."""
+"""What the tests of the kernels' bodies check of a sample, and samples that reach every variant."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ import torch
 from driver import Output
 from zfcore import reference
 
-# The windows that kernels are compiled for, with the paddings that they allow, and neighbours of them that are not.
+# The windows that kernels are compiled for, with the paddings that they allow.
 KNOWN = [((3, 3), (2, 2), (p, q)) for p, q in ((0, 0), (1, 1), (0, 1))] + [
     ((2, 2), (2, 2), (p, q)) for p, q in ((0, 0), (1, 1), (1, 0))
 ]
-SIZES = [(1, 8, 13, 13), (2, 16, 6, 9), (1, 4, 27, 5), (3, 24, 2, 3), (1, 64, 7, 14), (2, 12, 10, 16), (1, 3, 9, 8)]
+SIZES = [
+    (1, 8, 13, 13),
+    (2, 16, 6, 9),
+    (1, 4, 27, 5),
+    (3, 24, 2, 3),
+    (1, 64, 7, 14),
+    (2, 12, 10, 16),
+    (1, 3, 9, 8),
+]
 MAPS = ("contiguous", "channels_last", "sliced", "permuted")
 
 

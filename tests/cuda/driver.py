@@ -1,7 +1,7 @@
 """The bodies of the CUDA kernels on CPU tensors: compiles host_driver.cpp and calls it through ctypes.
 
-Outputs are laid out inside a larger block of memory that is filled with a pattern, so that a body which leaves a place
-unwritten, or writes a byte that is not its own, is found out.
+Outputs are laid out inside a larger block of memory that is filled with a pattern, so that a body that leaves
+a place unwritten, or writes a byte that is not its own, is found out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Window(ctypes.Structure):
 
 class CReport(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("launches", "blocks", "index_bits", "channels", "packed", "known_kernel")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase")
+        ),
         ("error", ctypes.c_char * 256),
     ]
 
@@ -51,6 +54,7 @@ class Report:
     channels: int
     packed: bool
     known_kernel: int
+    phase: int
 
 
 def compiler() -> str | None:
@@ -61,7 +65,15 @@ def build(folder: Path, *flags: str) -> Path:
     """Compile the driver into ``folder``; returns the library."""
     library = folder / "libhost_driver.so"
     command = [compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
-    command += ["-fPIC", "-shared", "-I", ROOT / "csrc", "-o", library, Path(__file__).with_name("host_driver.cpp")]
+    command += [
+        "-fPIC",
+        "-shared",
+        "-I",
+        ROOT / "csrc",
+        "-o",
+        library,
+        Path(__file__).with_name("host_driver.cpp"),
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
@@ -118,7 +130,9 @@ class Driver:
         return self._call(self.library.max_pool2d_with_switches, *views, int(backwards))
 
     def unpool_relu2d(self, y, switches, out, pool, relu, overlap, bad=None, backwards=False) -> Report:
-        return self._two(self.library.unpool_relu2d, y, switches, out, pool, (int(relu),), overlap, bad, backwards)
+        return self._two(
+            self.library.unpool_relu2d, y, switches, out, pool, (int(relu),), overlap, bad, backwards
+        )
 
     def pool_gather2d(self, x, switches, out, pool, overlap, bad=None, backwards=False) -> Report:
         return self._two(self.library.pool_gather2d, x, switches, out, pool, (), overlap, bad, backwards)
@@ -134,11 +148,13 @@ class Driver:
         narrow = numbers.to(torch.int32).contiguous()
         quotients, remainders = torch.empty_like(narrow), torch.empty_like(narrow)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (narrow, quotients, remainders)]
-        self.library.divide(ctypes.c_uint32(divisor), pointers[0], ctypes.c_int64(narrow.numel()), *pointers[1:])
+        self.library.divide(
+            ctypes.c_uint32(divisor), pointers[0], ctypes.c_int64(narrow.numel()), *pointers[1:]
+        )
         return quotients.long(), remainders.long()
 
     def visit(self, n, c, lanes, h, w, channels_fast, item_bytes, count=True) -> tuple[int, torch.Tensor]:
-        """Blocks of a launch over [n, c, h, w] (-1 where there are too many), and how often each place was visited."""
+        """Blocks of a launch over [n, c, h, w], -1 where they are too many, and the visits to each place."""
         visits = torch.zeros((n, c, h, w) if count else 0, dtype=torch.uint8)
         sizes = [ctypes.c_int64(n), ctypes.c_int64(c), lanes, ctypes.c_int64(h), ctypes.c_int64(w)]
         counts = ctypes.c_void_p(visits.data_ptr()) if count else None

@@ -1,5 +1,6 @@
-// Runs the bodies of the CUDA kernels on the CPU: every index that a launch would have, in a loop. The bodies, the choice
-// of their variants and the slicing of a batch are those of the library; only the launch itself is replaced.
+// Runs the bodies of the CUDA kernels on the CPU: every index that a launch would have, in a loop. The
+// bodies, the choice of their variants and the slicing of a batch are those of the library; only the launch
+// itself is replaced.
 //
 // Compiled by tests/cuda/driver.py with a plain C++ compiler, and called through ctypes.
 #include <cstring>
@@ -18,6 +19,7 @@ struct Report {
   int64_t channels;    // of a thread
   int64_t packed;      // whether these are one access
   int64_t known_kernel;
+  int64_t phase;
   char error[256];
 };
 
@@ -32,9 +34,10 @@ template <class S, class I, class W, class L>
 void describe(const zf::gpu::MaxPool<S, I, W, L>&, Report* report) {
   describe<I, W, L>(report);
 }
-template <class S, class I, class W, class L>
-void describe(const zf::gpu::Unpool<S, I, W, L>&, Report* report) {
+template <class S, class I, class W, class L, int Phase>
+void describe(const zf::gpu::Unpool<S, I, W, L, Phase>&, Report* report) {
   describe<I, W, L>(report);
+  report->phase = Phase;
 }
 template <class S, class I, class L, bool Last>
 void describe(const zf::gpu::PoolGather<S, I, L, Last>&, Report* report) {
@@ -43,7 +46,8 @@ void describe(const zf::gpu::PoolGather<S, I, L, Last>&, Report* report) {
 template <class I>
 void describe(const zf::gpu::FindBadSwitch<I>&, Report*) {}
 
-// A launcher that takes blocks and threads from the last to the first when `backwards`: no result may depend on it.
+// A launcher that takes blocks and threads from the last to the first when `backwards`: no result may depend
+// on it.
 auto launcher(bool backwards, Report* report) {
   return [=](const auto& body) {
     report->launches += 1;
@@ -51,7 +55,8 @@ auto launcher(bool backwards, Report* report) {
     describe(body, report);
     for (int64_t i = 0; i < body.blocks(); ++i)
       for (int64_t j = 0; j < zf::gpu::threads_per_block; ++j)
-        body(uint32_t(backwards ? body.blocks() - 1 - i : i), uint32_t(backwards ? zf::gpu::threads_per_block - 1 - j : j));
+        body(uint32_t(backwards ? body.blocks() - 1 - i : i),
+             uint32_t(backwards ? zf::gpu::threads_per_block - 1 - j : j));
   };
 }
 
@@ -71,15 +76,15 @@ int guarded(Report* report, const F& f) {
 
 extern "C" {
 
-int max_pool2d_with_switches(const zf::View* x, const zf::View* y, const zf::View* switches, const zf::Window* pool,
-                             int backwards, Report* report) {
+int max_pool2d_with_switches(const zf::View* x, const zf::View* y, const zf::View* switches,
+                             const zf::Window* pool, int backwards, Report* report) {
   return guarded(report, [&] {
     zf::gpu::max_pool2d_with_switches(*x, *y, *switches, *pool, launcher(backwards, report));
   });
 }
 
-int unpool_relu2d(const zf::View* y, const zf::View* switches, const zf::View* out, const zf::Window* pool, int relu,
-                  int last, int32_t* bad, int backwards, Report* report) {
+int unpool_relu2d(const zf::View* y, const zf::View* switches, const zf::View* out, const zf::Window* pool,
+                  int relu, int last, int32_t* bad, int backwards, Report* report) {
   return guarded(report, [&] {
     const zf::Overlap overlap = last ? zf::Overlap::last : zf::Overlap::sum;
     zf::gpu::unpool_relu2d(*y, *switches, *out, *pool, relu, overlap, launcher(backwards, report));
@@ -88,8 +93,8 @@ int unpool_relu2d(const zf::View* y, const zf::View* switches, const zf::View* o
   });
 }
 
-int pool_gather2d(const zf::View* x, const zf::View* switches, const zf::View* out, const zf::Window* pool, int last,
-                  int32_t* bad, int backwards, Report* report) {
+int pool_gather2d(const zf::View* x, const zf::View* switches, const zf::View* out, const zf::Window* pool,
+                  int last, int32_t* bad, int backwards, Report* report) {
   return guarded(report, [&] {
     const zf::Overlap overlap = last ? zf::Overlap::last : zf::Overlap::sum;
     zf::gpu::pool_gather2d(*x, *switches, *out, *pool, overlap, bad, launcher(backwards, report));
@@ -97,7 +102,8 @@ int pool_gather2d(const zf::View* x, const zf::View* switches, const zf::View* o
 }
 
 // Quotients and remainders of `count` numbers by `divisor`.
-void divide(uint32_t divisor, const uint32_t* numbers, int64_t count, uint32_t* quotients, uint32_t* remainders) {
+void divide(uint32_t divisor, const uint32_t* numbers, int64_t count, uint32_t* quotients,
+            uint32_t* remainders) {
   const zf::gpu::Divisor d(divisor);
   for (int64_t i = 0; i < count; ++i) {
     quotients[i] = d.quotient(numbers[i]);
@@ -105,8 +111,10 @@ void divide(uint32_t divisor, const uint32_t* numbers, int64_t count, uint32_t* 
   }
 }
 
-// How often a launch visits each place of [n, c, h, w]; every count must be one. Returns the blocks, -1 on an error.
-int64_t visit(int64_t n, int64_t c, int lanes, int64_t h, int64_t w, int channels_fast, int item_bytes, uint8_t* counts) {
+// How often a launch visits each place of [n, c, h, w]; every count must be one. Returns the blocks, -1 on an
+// error.
+int64_t visit(int64_t n, int64_t c, int lanes, int64_t h, int64_t w, int channels_fast, int item_bytes,
+              uint8_t* counts) {
   try {
     const zf::gpu::Tiling<int32_t> tiling(n, c, lanes, h, w, channels_fast, item_bytes);
     if (counts == nullptr) return tiling.blocks();
@@ -114,7 +122,8 @@ int64_t visit(int64_t n, int64_t c, int lanes, int64_t h, int64_t w, int channel
       for (uint32_t thread = 0; thread < zf::gpu::threads_per_block; ++thread) {
         zf::gpu::Place<int32_t> p;
         if (!tiling.place(uint32_t(block), thread, &p)) continue;
-        for (int lane = 0; lane < lanes; ++lane) ++counts[((int64_t(p.n) * c + p.c + lane) * h + p.y) * w + p.x];
+        for (int lane = 0; lane < lanes; ++lane)
+          ++counts[((int64_t(p.n) * c + p.c + lane) * h + p.y) * w + p.x];
       }
     return tiling.blocks();
   } catch (const std::runtime_error&) {
@@ -125,7 +134,8 @@ int64_t visit(int64_t n, int64_t c, int lanes, int64_t h, int64_t w, int channel
 // Storage and compute types: from the two bytes to float, and back.
 void widen(int dtype, const uint16_t* bits, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i)
-    values[i] = dtype == int(zf::DType::bf16) ? zf::gpu::widen(zf::gpu::bf16{bits[i]}) : zf::gpu::widen(zf::gpu::f16{bits[i]});
+    values[i] = dtype == int(zf::DType::bf16) ? zf::gpu::widen(zf::gpu::bf16{bits[i]})
+                                              : zf::gpu::widen(zf::gpu::f16{bits[i]});
 }
 void narrow(int dtype, const float* values, int64_t count, uint16_t* bits) {
   for (int64_t i = 0; i < count; ++i)

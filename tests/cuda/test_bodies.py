@@ -1,7 +1,7 @@
 """The bodies of the CUDA kernels, driven on the CPU over every index that a launch would have.
 
-Every case runs forwards and backwards over its blocks and threads, into guarded memory filled with a pattern: the
-result must be the same bits, and every byte of it, and no other byte, written.
+Every case runs forwards and backwards over its blocks and threads, into guarded memory filled with a pattern:
+the result must be the same bits, and every byte of it, and no other byte, written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ by_dtype = pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)
 by_layout = pytest.mark.parametrize("layout", samples.LAYOUTS)
 
 
-# ---- The ops ------------------------------------------------------------------------------------------------------
+# ---- The ops -------------------------------------------------------------------------------------
 
 
 @by_layout
@@ -49,7 +49,7 @@ def test_pool_gather2d(driver, dtype, layout):
         cases.check_gather(driver, sample, sample.overlap)
 
 
-# ---- The variants of the kernels ------------------------------------------------------------------------------------
+# ---- The variants of the kernels -----------------------------------------------------------------
 
 
 def test_known_windows_pool(driver):
@@ -68,8 +68,8 @@ def test_known_windows_unpool(driver, overlap):
     for sample in cases.known_samples():
         for size, relu in itertools.product(cases.unpooled_sizes(sample), (False, True)):
             report = cases.check_unpool(driver, sample, size, relu, overlap)
-            reached.add((sample.dtype, report.channels, report.packed, report.known_kernel))
-    expected = {(d, 4, False, k) for d in samples.DTYPES for k in (2, 3)}
+            reached.add((sample.dtype, report.channels, report.packed, report.known_kernel, report.phase))
+    expected = {(d, 4, False, k, phase) for d in samples.DTYPES for k, phase in ((2, 0), (3, 0), (3, 1))}
     assert expected <= reached
 
 
@@ -117,7 +117,7 @@ def test_misaligned_channels_last_takes_no_vectors(driver, shift):
     assert oracle.same(y.check(), expected_y) and torch.equal(switches.check(), expected_switches)
 
 
-# ---- Edge cases -----------------------------------------------------------------------------------------------------
+# ---- Edge cases ----------------------------------------------------------------------------------
 
 
 @by_dtype
@@ -129,6 +129,14 @@ def test_nothing_to_do(driver, dtype):
     assert driver.unpool_relu2d(y, switches, x, pool, True, "sum", bad).launches == 0
     assert driver.pool_gather2d(x, switches, y, pool, "sum", bad).launches == 0
     assert bad.item() == 0
+
+
+def test_a_pooled_map_without_windows_is_refused(driver):
+    y, switches = torch.empty(1, 3, 0, 2), torch.empty(1, 3, 0, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="at least one window"):
+        driver.unpool_relu2d(
+            y, switches, torch.empty(1, 3, 4, 4), ((2, 2), (2, 2), (0, 0), (1, 1)), True, "sum"
+        )
 
 
 def test_bytes_are_no_feature_map(driver):
@@ -176,7 +184,11 @@ def test_a_map_wider_than_a_float_can_count(driver):
 
 def wild_cases():
     """Windows and maps for switches of any byte: every compiled window, and others that overlap or skip."""
-    windows = [*((*known, (1, 1)) for known in cases.KNOWN), ((3, 2), (1, 3), (1, 0), (2, 1)), ((4, 4), (1, 1), (2, 2), (1, 1))]
+    windows = [
+        *((*known, (1, 1)) for known in cases.KNOWN),
+        ((3, 2), (1, 3), (1, 0), (2, 1)),
+        ((4, 4), (1, 1), (2, 2), (1, 1)),
+    ]
     return list(itertools.product(windows, ("contiguous", "channels_last"), range(8)))
 
 
@@ -188,14 +200,19 @@ def test_any_switch_byte_is_safe(driver):
         pooled = oracle.pooled_size(size, (*pool, False))
         shape, taps = (2, 8, *pooled), pool[0][0] * pool[0][1]
         limit = 256 if seed % 2 else taps + 1  # any byte, or mostly taps, of which some lie outside the map
-        switches = samples.lay_out(torch.randint(0, limit, shape, generator=generator, dtype=torch.uint8), layout)
+        switches = samples.lay_out(
+            torch.randint(0, limit, shape, generator=generator, dtype=torch.uint8), layout
+        )
         y = samples.lay_out(torch.randn(shape, generator=generator), layout)
         x = samples.lay_out(torch.randn((2, 8, *size), generator=generator), layout)
         valid, row, column = named_places(switches, size, pool)
         place = torch.where(valid, row * size[1] + column, 0).flatten(2)
 
         for overlap in samples.OVERLAPS:
-            expected, kept = torch.zeros(2, 8, size[0] * size[1]), torch.zeros(2, 8, place.size(2), dtype=torch.bool)
+            expected, kept = (
+                torch.zeros(2, 8, size[0] * size[1]),
+                torch.zeros(2, 8, place.size(2), dtype=torch.bool),
+            )
             for n, c in itertools.product(range(2), range(8)):
                 for o in range(place.size(2)):
                     if valid.flatten(2)[n, c, o]:
@@ -226,20 +243,22 @@ def named_places(switches, size, pool):
 
 
 @pytest.mark.parametrize("overlap", samples.OVERLAPS)
-def test_a_bad_switch_is_reported_wherever_it_is(driver, overlap):
+@pytest.mark.parametrize("channels, layout", [(5, "contiguous"), (4, "contiguous"), (8, "channels_last")])
+def test_a_bad_switch_is_reported_wherever_it_is(driver, channels, layout, overlap):
     pool = ((3, 3), (2, 2), (1, 1), (1, 1))
-    x = torch.randn(2, 5, 6, 7)
+    x = samples.lay_out(torch.randn(2, channels, 5, 6), layout)
     y, good, _ = oracle.pool(x, *pool, False)
+    y = samples.lay_out(y, layout)
     for index in range(good.numel()):
-        switches, out = good.clone(), torch.empty_like(x)
-        switches.view(-1)[index] = 9
+        switches = good.flatten().index_fill(0, torch.tensor(index), 9).view_as(good)
+        switches = samples.lay_out(switches, layout)
         bad = torch.zeros(2, dtype=torch.int32)
-        driver.unpool_relu2d(y, switches, out, pool, True, overlap, bad[:1])
+        driver.unpool_relu2d(y, switches, torch.empty_like(x), pool, True, overlap, bad[:1])
         driver.pool_gather2d(x, switches, torch.empty_like(y), pool, overlap, bad[1:])
         assert bad.tolist() == [1, 1], index
 
 
-# ---- Offsets past 2**31 ---------------------------------------------------------------------------------------------
+# ---- Offsets past 2**31 --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +269,7 @@ def huge():
 
 
 def spread_out(memory, at, x, strides):
-    """x in ``memory`` from byte ``at`` on, with these strides in elements; returns it and the bytes that it spans."""
+    """A copy of x in ``memory``, from byte ``at`` on, with these strides in elements."""
     bits = torch.uint8 if x.dtype == torch.uint8 else torch.int16
     base = torch.from_numpy(memory[at:].view(np.uint8 if x.dtype == torch.uint8 else np.int16))
     far = base.as_strided(x.shape, strides)
@@ -271,7 +290,9 @@ FAR = {
 
 
 @pytest.mark.parametrize("name", FAR)
-@pytest.mark.parametrize("pool", [((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 1), (0, 1), (2, 1))], ids=str)
+@pytest.mark.parametrize(
+    "pool", [((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 1), (0, 1), (2, 1))], ids=str
+)
 def test_offsets_past_32_bits(driver, huge, name, pool):
     shape, strides, images = FAR[name]
     launches = 1 if images is None else -(-shape[0] // images)
@@ -322,7 +343,7 @@ def test_expanded_gradients(driver):
     assert torch.equal(out.check(), cases.reference.unpool2d(ones, switches, *pool, (9, 9)))
 
 
-# ---- The arithmetic of a launch ---------------------------------------------------------------------------------------
+# ---- The arithmetic of a launch ------------------------------------------------------------------
 
 
 def test_division_by_a_fixed_divisor(driver):
@@ -330,7 +351,11 @@ def test_division_by_a_fixed_divisor(driver):
     near_powers = [max(1, 2**k + d) for k in range(31) for d in (-1, 0, 1)]
     divisors = {*range(1, 300), *near_powers, 2**31 - 1, *(rng.randrange(1, 2**31) for _ in range(300))}
     for divisor in sorted(d for d in divisors if d < 2**31):
-        multiples = [m for q in (1, 2, 3, (2**31 - 1) // divisor) for m in (q * divisor - 1, q * divisor, q * divisor + 1)]
+        multiples = [
+            m
+            for q in (1, 2, 3, (2**31 - 1) // divisor)
+            for m in (q * divisor - 1, q * divisor, q * divisor + 1)
+        ]
         numbers = [0, 1, 2**31 - 1, 2**31 - 2, *multiples, *(rng.randrange(2**31) for _ in range(50))]
         numbers = torch.tensor([n for n in numbers if 0 <= n < 2**31])
         quotients, remainders = driver.divide(divisor, numbers)
@@ -376,12 +401,12 @@ def test_more_blocks_than_a_grid_are_refused(driver):
     assert driver.visit(2**31 - 1, 2**31 - 1, 1, 2**31 - 1, 2**31 - 1, False, 4, count=False)[0] == -1
 
 
-# ---- Storage types ----------------------------------------------------------------------------------------------------
+# ---- Storage types -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_convert_as_torch_does(driver, dtype):
-    """Every pattern of 16 bits to float; and to 16 bits the numbers in between, which must round to nearest even."""
+    """Every pattern of 16 bits to float, and back, with the numbers in between: to nearest even."""
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     wide = driver.widen(patterns, dtype)
     assert oracle.same(wide, patterns.view(dtype).float())

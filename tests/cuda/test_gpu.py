@@ -1,5 +1,6 @@
-"""The CUDA kernels on a GPU, through zfcore.ops. What the op tests check of every backend is not repeated here: these
-are streams, graphs, devices, determinism and size. Without a GPU every test is skipped, with the reason.
+"""The CUDA kernels on a GPU, through zfcore.ops: streams, graphs, devices, determinism and size.
+
+What the op tests check of every backend is not repeated. Without a GPU every test is skipped, and says why.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def test_equals_the_reference_bit_by_bit(dtype, layout, pool):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_switches_of_any_byte(layout):
-    """Bad switches bring nothing. That no byte outside is touched is for compute-sanitizer; here nothing may raise."""
+    """Bad switches bring nothing. That no byte outside is touched is for compute-sanitizer to say."""
     for seed in range(20):
         switches = torch.randint(0, 256, (2, 8, 6, 6), dtype=torch.uint8)
         y = torch.randn(2, 8, 6, 6)
@@ -67,7 +68,7 @@ def test_switches_of_any_byte(layout):
 
 
 def test_follows_the_current_stream():
-    """Inputs that a side stream is still to write: work on any other stream would read what was there before."""
+    """Inputs that a side stream is still to write: on any other stream the kernels would read old values."""
     side = torch.cuda.Stream()
     fresh = make(seed=1)
     expected = [t.cuda() for t in expected_of(fresh, (3, 2))]

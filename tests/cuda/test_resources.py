@@ -1,6 +1,7 @@
 """The CUDA sources compile for every architecture that we ship, and the compiler's own report has no spills.
 
-Needs nvcc, and no GPU. What the machine code contains is read where cuobjdump is at hand (the triton package has one).
+Needs nvcc, and no GPU. What the machine code contains is read where cuobjdump is at hand; the triton
+package has one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from driver import ROOT
 
 SOURCES = ("max_pool2d_with_switches", "unpool_relu2d")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-# An upper bound that keeps three blocks of 256 threads on a multiprocessor (64 Ki registers): enough to hide memory.
+# Three blocks of 256 threads still fit on a multiprocessor (64 Ki registers): enough to hide memory.
 MAX_REGISTERS = 80
 
 
@@ -34,7 +35,9 @@ def cuobjdump() -> str | None:
 
 
 def readable(symbols: list[str]) -> list[str]:
-    names = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
     return names.splitlines()
 
 
@@ -51,7 +54,8 @@ class Kernel:
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers[^\n]*",
     re.DOTALL,
 )
@@ -102,7 +106,9 @@ def compiled(tmp_path_factory):
 def test_every_kernel_is_there_for_every_architecture(compiled):
     kernels, _ = compiled
     for name in SOURCES:
-        by_architecture = {arch: {k.name for k in kernels[name] if k.architecture == arch} for arch in ARCHITECTURES}
+        by_architecture = {
+            arch: {k.name for k in kernels[name] if k.architecture == arch} for arch in ARCHITECTURES
+        }
         assert len(by_architecture["sm_90a"]) >= 28, by_architecture
         assert by_architecture["sm_80"] == by_architecture["sm_90a"] == by_architecture["sm_100"]
 
@@ -155,4 +161,6 @@ def test_machine_code(compiled, architecture):
             if "Packed" in title:
                 wide = {kind for kind, suffix in operations if ".128" in suffix}
                 assert "STG" in wide, title  # what it writes
-                assert "LDG" in wide or "pool_gather2d" in title, title  # what it reads, but a gather's far values
+                assert "LDG" in wide or "pool_gather2d" in title, (
+                    title
+                )  # what it reads, but a gather's far values
