@@ -854,6 +854,8 @@ class _Rules(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.overlap == "last" and function in _POOLS:
+            return self.pool(function, args, kwargs)
         stage, in_place = rule_of_call(function, args, kwargs)
         x = args[0] if args else kwargs.get("input")
         if stage is None or not isinstance(x, Tensor):
@@ -864,9 +866,21 @@ class _Rules(TorchFunctionMode):
             return x.copy_(_Rectify.apply(x.clone(), stage.options["rectifier"], self.rule))
         if stage.kind == "lrn":
             return _PassOver.apply(x, stage.run)
-        if stage.kind == "max_pool" and self.overlap == "last":
-            return _PoolLast.apply(x, stage.window, stage.options["ceil_mode"])
         return function(*args, **kwargs)
+
+    @staticmethod
+    def pool(function, args, kwargs):
+        """A pool whose way down keeps the last; with the indices or switches where the function returns them."""
+        plain = {name: value for name, value in kwargs.items() if name != "return_indices"}
+        stage, _ = rule_of_call(F.max_pool2d, args, plain)
+        if stage is None:
+            raise ArgumentError("overlap='last': expected windows of at most 255 taps; the model's are larger")
+        pooled = _PoolLast.apply(args[0] if args else kwargs["input"], stage.window, stage.options["ceil_mode"])
+        return pooled if function in _PLAIN_POOLS else (pooled, function(*args, **kwargs)[1])
+
+
+_PLAIN_POOLS = (F.max_pool2d, torch.max_pool2d)
+_POOLS = (*_PLAIN_POOLS, F.max_pool2d_with_indices, max_pool2d_with_switches)
 
 
 class _Dense:
