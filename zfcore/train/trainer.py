@@ -53,7 +53,7 @@ class Settings:
     warmup: float = 0.15
     filter_rms: float = 0.1
     flip: bool = True
-    shift: int = 1
+    shift: int = 0
     seed: int = 0
 
     def __post_init__(self):
