@@ -126,7 +126,8 @@ def test_killed_and_resumed_equals_unbroken(idx_folder, tmp_path, unbroken, plac
     """In an epoch, while a checkpoint is written, and while the finished weights are."""
     out = tmp_path / "net.safetensors"
     command = [sys.executable, "-c", KILLED, place, str(count), *arguments(idx_folder, out)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    # Elsewhere than in a source tree, so that the child imports the package that this process did.
+    assert subprocess.run(command, check=False, cwd=tmp_path).returncode == -signal.SIGKILL
     assert not out.exists()
     assert main(arguments(idx_folder, out, "--resume")) == 0
     assert_same(out, unbroken)
@@ -205,7 +206,8 @@ def test_full_training_reaches_the_promised_accuracy(tmp_path):
     except ImageError as error:
         pytest.skip(str(error))
     out, started = tmp_path / "net.safetensors", time.monotonic()
-    subprocess.run([sys.executable, "-m", "zfcore.train", "--out", str(out), "--threads", "2"], check=True)
+    command = [sys.executable, "-m", "zfcore.train", "--out", str(out), "--epochs", "10", "--threads", "2"]
+    subprocess.run(command, check=True, cwd=tmp_path)
     seconds = time.monotonic() - started
     assert ModelMeta.from_metadata(tensors(out)[1]).test_accuracy >= 0.915
     assert seconds <= 600
