@@ -438,9 +438,13 @@ def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Stage]:
     return operation
 
 
-def contiguous(input, *args, **kwargs) -> Stage:
+def copied(input, *, memory_format=None) -> Stage:
     x = _stage(input)
     return Stage(kind="identity", inputs=[x], run=lambda x: x, shape=x.shape)
+
+
+def contiguous(input, *, memory_format=None) -> Stage:
+    return copied(input)
 
 
 def squeeze(input, *dims) -> Stage:
@@ -560,7 +564,7 @@ FUNCTIONS: dict[Callable, Callable] = {
     F.softmax: softmax, F.log_softmax: log_softmax,
     torch.softmax: lambda input, dim, dtype=None: softmax(input, dim, dtype=dtype),
     torch.log_softmax: lambda input, dim, dtype=None: log_softmax(input, dim, dtype=dtype),
-    torch.clone: contiguous,
+    torch.clone: copied,
 }  # fmt: skip
 _POINTWISE = (
     torch.sigmoid, F.sigmoid, torch.tanh, F.tanh, F.silu, F.gelu, F.elu, F.selu, F.celu, F.softplus, F.softsign,
@@ -572,11 +576,11 @@ for _function in _POINTWISE:
 METHODS: dict[str, Callable] = {
     "relu": relu, "relu_": relu, "clamp": clamp, "clamp_": clamp, "clip": clamp, "clip_": clamp,
     "clamp_min": clamp_min, "clamp_min_": clamp_min, "add": add, "add_": add, "sub": sub, "sub_": sub,
-    "mul": mul, "mul_": mul, "div": div, "div_": div, "neg": neg, "size": size, "dim": lambda x: len(x.shape) + 1,
+    "mul": mul, "mul_": mul, "div": div, "div_": div, "neg": neg, "size": size, "dim": lambda x: len(x.shape) + 1, "is_floating_point": lambda x: True,
     "view": _view, "reshape": _view, "flatten": _flatten, "squeeze": squeeze, "unsqueeze": _unsqueeze,
     "permute": permute, "transpose": transpose, "expand": expand, "expand_as": expand_as,
     "view_as": lambda x, other: _view(x, size(other)), "reshape_as": lambda x, other: _view(x, size(other)),
-    "mean": _mean, "sum": _sum, "amax": FUNCTIONS[torch.amax], "contiguous": contiguous, "clone": contiguous,
+    "mean": _mean, "sum": _sum, "amax": FUNCTIONS[torch.amax], "contiguous": contiguous, "clone": copied,
     "softmax": FUNCTIONS[torch.softmax], "log_softmax": FUNCTIONS[torch.log_softmax],
 }  # fmt: skip
 for _name in ("sigmoid", "tanh", "exp", "sqrt", "square", "abs"):

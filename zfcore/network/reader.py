@@ -119,7 +119,7 @@ class _Traced(fx.Proxy):
     memory: all proxies that may share this one's memory, for operations that work in place.
     """
 
-    _is_param = False  # what nn.Parameter's isinstance asks
+    _is_param = _is_buffer = False  # what isinstance asks of nn.Parameter and nn.Buffer
 
     def __init__(self, reader: _Reader, value: Stage | _Unread, memory: list[_Traced]):
         super().__init__(reader.node, reader)
@@ -227,11 +227,15 @@ class _Reader(fx.Tracer):
         if refusal is None and operation is None and not _is_opaque(m):
             return m._call_impl(*args, **kwargs)  # as `forward`, but never a version of it that was compiled
         if refusal is not None or operation is None:
-            if next(m.children(), None) is not None:
-                self.blind = self.blind or self.described(m)
-            return self.wrap(self.unread(refusal or "is not an operation that the engines read"))
+            unread = self.unread(refusal or "is not an operation that the engines read")
+            inside = next(m.children(), None) is not None
+            if inside:
+                self.blind = self.blind or str(unread.error)
+            changes = inside or refusal is not None or getattr(m, "inplace", False) is True
+            return self.lose(unread, (args, kwargs), (args, kwargs) if changes else ())
         if len(args) != 1 or kwargs:
-            return self.wrap(self.unread("is called with more than one map"))
+            unread = self.unread("is called with more than one map")
+            return self.lose(unread, (args, kwargs), args if getattr(m, "inplace", False) is True else ())
         return self.operate(
             lambda x: operation(x, m), args, {}, in_place=getattr(m, "inplace", False) is True,
             view=isinstance(m, nn.Flatten | nn.Unflatten),
@@ -254,7 +258,7 @@ class _Reader(fx.Tracer):
         return not all(isinstance(hook, Observer) for hook in m._forward_hooks.values())
 
     def returned(self, m: nn.Module, out: object) -> None:
-        value = out.value if isinstance(out, _Traced) else type(out).__name__
+        value = self.value_of(out)
         calls = self.calls.setdefault(m, [])
         if isinstance(value, Stage) and m is not self.model:
             self.owners.setdefault(value, (m, len(calls)))
@@ -280,31 +284,34 @@ class _Reader(fx.Tracer):
             operation, label = METHODS.get(target), f"Tensor.{target}"
             in_place = target.endswith("_") and not target.endswith("__")
         elif kind == "call_function" and target is not builtins.getattr:
-            operation, in_place = FUNCTIONS.get(target), target in IN_PLACE_FUNCTIONS
+            operation, in_place = FUNCTIONS.get(target), target in IN_PLACE_FUNCTIONS or _changes_input(target)
             module = (getattr(target, "__module__", None) or "torch").removeprefix("_operator")
             label = f"{module}.{getattr(target, '__name__', target)}".removeprefix(".")
         else:
             raise UnsupportedOperation(f"{self.described(self.scopes[-1])}: {kind} {args[1:]} is not read")
         kwargs = dict(kwargs)
         in_place = kwargs.pop("inplace", False) is True or in_place
-        if operation is None:
-            return self.wrap(self.unread(f"calls {label}, which is not an operation that the engines read"))
+        if operation is None or "out" in kwargs:
+            unread = self.unread(f"calls {label}, which is not an operation that the engines read")
+            return self.lose(unread, (args, kwargs), (args[:1] if in_place else (), kwargs.get("out")))
         return self.operate(operation, args, kwargs, in_place, operation in VIEWS, label)
 
     def operate(self, operation, args, kwargs, in_place=False, view=False, label=""):
         """The result of an operation: a proxy, or numbers."""
-        for a in _flat((args, kwargs)):
-            if isinstance(a, _Traced) and isinstance(a.value, _Unread):
-                return self.wrap(a.value)
+        given, changed = (args, kwargs), args[:1] if in_place else ()
+        for a in _flat(given):
+            value = self.value_of(a)
+            if isinstance(value, _Unread):
+                return self.lose(value, given, changed)
         values = map_aggregate((args, kwargs), lambda a: a.value if isinstance(a, _Traced) else a)
         try:
             result = operation(*values[0], **values[1])
         except (Unknown, TypeError) as error:
             why = f" ({error})" if str(error) else ""
             what = f"calls {label} in a way" if label else "is an operation"
-            return self.wrap(self.unread(f"{what} that the engines do not read{why}", error))
+            return self.lose(self.unread(f"{what} that the engines do not read{why}", error), given, changed)
         except ShapeError as error:
-            return self.wrap(_Unread(ShapeError(f"{self.described(self.scopes[-1])}: {error}")))
+            return self.lose(_Unread(ShapeError(f"{self.described(self.scopes[-1])}: {error}")), given, changed)
         if isinstance(result, tuple) and any(isinstance(part, Stage | Unknown) for part in result):
             parts = _Parts(
                 self.wrap(self.add(part, label) if isinstance(part, Stage) else self.unread(str(part)))
@@ -341,6 +348,29 @@ class _Reader(fx.Tracer):
                 other.value = self.unread("works in place on a map of which a view is in use")
         return proxy
 
+    def value_of(self, a: object) -> object:
+        """The stage of a proxy, or why there is none; of anything else the name of its type."""
+        source = _root(a)
+        if not isinstance(source, _Traced):
+            return type(a).__name__
+        if source is a or isinstance(source.value, _Unread):
+            return source.value
+        return self.unread(f"reads Tensor.{a.attr}, which the engines do not")
+
+    def lose(self, value: _Unread, given: object, changed: object) -> _Traced:
+        """The result of what was not read. It may share memory with all that was given, and `changed` is unread too."""
+        memory: list[_Traced] = []
+        for proxy in map(_root, _flat(given)):
+            if isinstance(proxy, _Traced) and proxy.memory is not memory:
+                memory.extend(proxy.memory)
+                for other in proxy.memory.copy():
+                    other.memory = memory
+        for proxy in map(_root, _flat(changed)):
+            if isinstance(proxy, _Traced):
+                for other in proxy.memory:
+                    other.value = value
+        return self.wrap(value, memory)
+
     def wrap(self, value: Stage | _Unread, memory: list[_Traced] | None = None) -> _Traced:
         return _Traced(self, value, [] if memory is None else memory)
 
@@ -356,6 +386,25 @@ class _Reader(fx.Tracer):
 
     def create_arg(self, a):
         return None
+
+
+def _root(value: object) -> object:
+    """The map that an attribute, as x.T, is read from."""
+    while isinstance(value, fx.proxy.Attribute):
+        value = value.root
+    return value
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem")
+)
+
+
+def _changes_input(function: Callable) -> bool:
+    """Whether a function works in place, as relu_ and iadd do."""
+    name = getattr(function, "__name__", "")
+    return function in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _flat(value: object) -> Iterator[object]:
@@ -473,7 +522,7 @@ def _check_all_seen(
     reader: _Reader, module: nn.Module, label: str, calls: list[object], example: Tensor | None
 ) -> None:
     """Refuse a layer that a part of the model that was not followed calls, for the first time or once more."""
-    if reader.failure is None and reader.blind is None:
+    if reader.failure is None and (reader.blind is None or module is reader.model):
         return
     if calls and example is not None:
         outputs: list[object] = []
@@ -484,8 +533,8 @@ def _check_all_seen(
     if reader.failure is not None:
         raise reader.failure
     if not calls:
-        raise UnsupportedOperation(f"{reader.blind} is not followed, and {label!r} may be called inside")
-    raise UnsupportedOperation(f"{reader.blind} is not followed, and calls {label!r} too")
+        raise UnsupportedOperation(f"{reader.blind}; it is not followed, and {label!r} may be called inside")
+    raise UnsupportedOperation(f"{reader.blind}; it is not followed, and may call {label!r} too")
 
 
 def _up_to(layer: Stage) -> list[Stage]:

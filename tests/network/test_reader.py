@@ -1,0 +1,579 @@
+"""What the reader makes of a model: stages, names, fields, memory that is shared, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
+from zfcore.network import evaluating, observing, read_network, resolve_layer
+
+SHAPE = (3, 20, 24)
+
+
+class Code(nn.Module):
+    """A model whose forward is a function of a conv's output; `parts` are its modules."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+def run(network, images):
+    """The network's output by its stages."""
+    values = {}
+    for stage in network.stages:
+        inputs = [values[source] for source in stage.inputs]
+        values[stage] = images if stage.kind == "input" else stage.run(*inputs)
+        assert values[stage].shape[1:] == stage.shape, stage
+    return values[network.layer]
+
+
+def reads(function, *kinds, shape=SHAPE, **parts):
+    """The stages of a model with this code compute what the model does, on two images and on one."""
+    model = Code(function, **parts).eval()
+    network = read_network(model, shape)
+    with torch.no_grad():
+        for n in (2, 1):
+            images = torch.randn(n, *shape)
+            torch.testing.assert_close(run(network, images), model(images))
+    found = tuple(stage.kind for stage in network.stages[2:])
+    assert not kinds or found == kinds, found
+    return network
+
+
+OPERATIONS = {
+    "relu": (lambda m, x: F.relu(x), "relu"),
+    "relu method": (lambda m, x: x.relu(), "relu"),
+    "relu6": (lambda m, x: F.relu6(x), "relu"),
+    "hardtanh": (lambda m, x: F.hardtanh(x, 0.0, 4.0), "relu"),
+    "clamp": (lambda m, x: torch.clamp(x, 0, 2), "relu"),
+    "clamp_min": (lambda m, x: x.clamp_min(0), "relu"),
+    "threshold": (lambda m, x: F.threshold(x, 0, 0), "relu"),
+    "leaky": (lambda m, x: F.leaky_relu(x, 0.3), "relu"),
+    "max pool": (lambda m, x: F.max_pool2d(x, 3, 2, 1, 2, True), "max_pool"),
+    "torch.max_pool2d": (lambda m, x: torch.max_pool2d(x, (2, 3)), "max_pool"),
+    "avg pool": (lambda m, x: F.avg_pool2d(x, 3, 2, 1, True, False), "avg_pool"),
+    "avg pool by a divisor": (lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool"),
+    "adaptive": (lambda m, x: F.adaptive_avg_pool2d(x, (3, 5)), "map"),
+    "adaptive that divides": (lambda m, x: F.adaptive_avg_pool2d(x, (5, None)), "avg_pool"),
+    "adaptive max": (lambda m, x: F.adaptive_max_pool2d(x, 3), "map"),
+    "conv": (lambda m, x: F.conv2d(x, m.conv.weight[:, :1], stride=(2, 1), padding="valid", groups=4), "conv"),
+    "batch norm": (
+        lambda m, x: F.batch_norm(x, torch.ones(4), torch.full((4,), 2.0), torch.tensor([1.0, -2, 3, 0]), None), "batch_norm"),
+    "lrn": (lambda m, x: F.local_response_norm(x, 3), "lrn"),
+    "dropout": (lambda m, x: F.dropout(x, 0.3, m.training) * 2, "scale"),
+    "add": (lambda m, x: x + x.relu(), "relu", "add"),
+    "add a number": (lambda m, x: 2 + x - 0.5, "scale", "scale"),
+    "number minus": (lambda m, x: 1 - x, "scale"),
+    "normalise": (lambda m, x: (x - torch.arange(4.0).view(1, 4, 1, 1)) / torch.full((4, 1, 1), 3.0), "scale", "scale"),
+    "divide by": (lambda m, x: 2 / (x * x + 1), "map", "scale", "map"),
+    "neg": (lambda m, x: -x, "scale"),
+    "mul": (lambda m, x: x * torch.sigmoid(x), "map", "map"),
+    "mul broadcast": (lambda m, x: x * x.mean((2, 3), keepdim=True), "map", "map"),
+    "plus a row": (lambda m, x: x + torch.arange(24.0), "scale"),
+    "times a row": (lambda m, x: torch.arange(24.0) * x, "map"),
+    "cat": (lambda m, x: torch.cat([x, F.relu(x)], dim=-3), "relu", "cat"),
+    "cat below": (lambda m, x: torch.cat((x, x), 2), "map"),
+    "pad": (lambda m, x: F.pad(x, (1, 2, 0, -3)), "pad"),
+    "flatten": (lambda m, x: torch.flatten(x, 1), "map"),
+    "view": (lambda m, x: x.view(x.size(0), -1), "map"),
+    "view by shape": (lambda m, x: x.reshape(x.shape[0], x.shape[1] * x.size(2) * x.shape[3]), "map"),
+    "view to anything": (lambda m, x: x.view(-1, 4 * 20 * 24), "map"),
+    "view with parts": (lambda m, x: x.view(len(m.conv.weight) // 4 * x.size(0), 2, 2, *x.shape[2:]), "map"),
+    "flatten nothing": (lambda m, x: torch.flatten(x.mean([2, 3]), 1), "map", "identity"),
+    "mean": (lambda m, x: x.mean(dim=(-1, -2)), "map"),
+    "pick of one": (lambda m, x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0][:, :, None, None], "map", "map", "map"),
+    "squeeze": (lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(-1), "map", "map", "map"),
+    "expand": (lambda m, x: x * x.mean((2, 3)).view(-1, 4, 1, 1).expand_as(x), "map", "map", "map", "map"),
+    "permute": (lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 2), "map", "map"),
+    "softmax": (lambda m, x: F.softmax(x, dim=1), "map"),
+    "log softmax": (lambda m, x: torch.log_softmax(x.flatten(1), 1), "map", "map"),
+    "control flow on sizes": (lambda m, x: F.relu(x) if x.shape[-1] > 10 and x.dim() == 4 else x, "relu"),
+    "asks what it gets": (lambda m, x: F.relu(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else 0, "relu"),
+    "shapes alike": (lambda m, x: x + F.relu(x) if x.shape == F.relu(x).shape else x, "relu", "add"),
+    "sequence": (lambda m, x: [f(x) for f in (F.relu, torch.tanh)][1], "map"),
+    "contiguous": (lambda m, x: x.contiguous(memory_format=torch.channels_last), "identity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name):
+    function, *kinds = OPERATIONS[name]
+    reads(function, *kinds)
+
+
+MODULES = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(0.2), nn.Hardtanh(0, 5), nn.Threshold(0, 0), nn.MaxPool2d(3, 2),
+    nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d((4, None)), nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(4),
+    nn.LocalResponseNorm(3), nn.Dropout(), nn.Dropout2d(), nn.Identity(), nn.Flatten(), nn.Flatten(2), nn.Unflatten(1, (2, 2)),
+    nn.ZeroPad2d((1, 0, 2, 1)), nn.Softmax2d(), nn.Softmax(1), nn.Sigmoid(), nn.Tanh(), nn.SiLU(inplace=True), nn.GELU("tanh"),
+    nn.ELU(0.5), nn.Softplus(), nn.Hardswish(), nn.Hardsigmoid(), nn.Mish(), nn.Conv2d(4, 8, (3, 2), padding="same", dilation=(1, 2)),
+    nn.Conv2d(4, 6, 3, 2, (0, 1), groups=2, bias=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_module(module):
+    torch.manual_seed(1)
+    if isinstance(module, nn.BatchNorm2d):
+        module.running_var.uniform_(0.5, 2)
+        module.running_mean.normal_()
+        nn.init.normal_(module.weight)
+    reads(lambda m, x: F.relu(m.part(x)), part=copy.deepcopy(module))
+
+
+REFUSED = {
+    "control flow": (lambda m, x: x if x.sum() > 0 else -x, r"'' \(Code\) cannot be traced: .*control flow"),
+    "iteration": (lambda m, x: torch.stack([row for row in x]), "Proxy object cannot be iterated"),
+    "unknown function": (lambda m, x: torch.fft.rfft(x).real, r"'' \(Code\) .*rfft"),
+    "unknown method": (lambda m, x: x.cumsum(2), "Tensor.cumsum"),
+    "batch statistics": (lambda m, x: F.batch_norm(x, None, None, training=True), "batch's own statistics"),
+    "dropout all the same": (lambda m, x: F.dropout(x), "drops values in eval mode"),
+    "batch axis by view": (lambda m, x: x.view(-1, 2, 20, 24), "does not keep the batch axis"),
+    "batch axis by mean": (lambda m, x: x - x.mean(0, keepdim=True), "reduces the batch axis"),
+    "batch axis by cat": (lambda m, x: torch.cat([x, x]), "joins along the batch axis"),
+    "batch axis by permute": (lambda m, x: x.permute(1, 0, 2, 3), "moves the batch axis"),
+    "batch axis by flatten": (lambda m, x: torch.flatten(x), "does not keep the batch axis"),
+    "batch size in the values": (lambda m, x: x / x.size(0), "in a way that the engines do not read"),
+    "batch size in the flow": (lambda m, x: F.relu(x) if x.size(0) > 1 else x, "depends on the batch size"),
+    "squeeze of what is one": (lambda m, x: x.squeeze(), "squeeze a batch of one"),
+    "a part of a map": (lambda m, x: x[:, :2], "picks out of a map"),
+    "clamp below another": (lambda m, x: x.clamp(min=-1), "does not rectify at 0"),
+    "other dtype": (lambda m, x: x.to(torch.float16), "Tensor.to"),
+    "indices": (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),
+    "too many taps": (lambda m, x: F.max_pool2d(x, 16), "more than 255 taps"),
+    "a result that is no map": (lambda m, x: {"out": x}, r"'' \(Code\) returns a dict"),
+    "written to": (lambda m, x: x.__setitem__(0, 1.0), "item assignment|__setitem__"),
+    "no stride": (lambda m, x: x.as_strided((1, 2), (1, 1)), "Tensor.as_strided"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal(name):
+    function, message = REFUSED[name]
+    with pytest.raises(UnsupportedOperation, match=message):
+        read_network(Code(function).eval(), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "batch's own statistics"),
+        (nn.InstanceNorm2d(4), r"'part' \(InstanceNorm2d\) is not an operation"),
+        (nn.MaxPool2d(2, return_indices=True), "returns indices"),
+        (nn.ConvTranspose2d(4, 4, 3), r"'part' \(ConvTranspose2d\)"),
+        (nn.LeakyReLU(-0.5), "its slope is -0.5"),
+        (nn.Hardtanh(), "does not rectify at 0"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_refused_module(module, message):
+    with pytest.raises(UnsupportedOperation, match=message):
+        read_network(Code(lambda m, x: m.part(x), part=module).eval(), SHAPE)
+
+
+def test_a_subclass_is_read_by_what_it_computes():
+    class Named(nn.Conv2d):
+        pass
+
+    class Normed(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight / 3, self.bias)
+
+    class Padded(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, bias)
+
+    for own in (Named, Normed, Padded):
+        network = reads(lambda m, x: m.part(x), part=own(4, 2, 3))
+        assert network.layer.name == "part"
+    patched = nn.ReLU()
+    patched.forward = lambda x: x.clamp(min=0) * 2
+    reads(lambda m, x: m.part(x), "relu", "scale", part=patched)
+
+
+def test_parametrised_weights():
+    part = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    reads(lambda m, x: m.part(x), "conv", part=part)
+
+
+# ---- memory that is shared ---------------------------------------------------------------------------------------
+
+IN_PLACE = {
+    "another name": lambda m, x: (y := x, F.relu(x, inplace=True), y * 2)[2],
+    "unused result": lambda m, x: (x.relu_(), x + 1)[1],
+    "sum in place": lambda m, x: _summed(x),
+    "in a list": lambda m, x: (kept := [x], x.mul_(3), kept[0] + x)[2],
+    "through dropout": lambda m, x: (y := m.drop(x), y.add_(1), x * y)[2],
+    "result of an addition": lambda m, x: (y := x + 1, F.relu_(y), x * y)[2],
+    "of a copy": lambda m, x: (y := x.clone(), y.relu_(), x + y)[2],
+}
+
+
+def _summed(x):
+    y = x * 2
+    kept = y
+    y += x
+    y *= 3
+    return kept + y
+
+
+@pytest.mark.parametrize("name", [name for name in IN_PLACE if name != "of a copy"])
+def test_work_in_place(name):
+    reads(IN_PLACE[name], drop=nn.Dropout())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (y := x.flatten(1), x.relu_(), y)[2],
+        lambda m, x: (y := x.view(-1, 2, 40, 24), F.relu(y, inplace=True), x * 1)[2],
+        lambda m, x: (y := x.contiguous(), y.relu_(), x * 1)[2],
+        lambda m, x: (y := x[:, :, None], y.mul_(2), x * 1)[2],
+    ],
+)
+def test_views_of_what_changed_are_refused(function):
+    with pytest.raises(UnsupportedOperation, match="works in place on a map of which a view is in use"):
+        read_network(Code(function).eval(), SHAPE)
+
+
+def test_views_that_are_not_used_again_do_no_harm():
+    reads(lambda m, x: (y := x.flatten(1), y.relu_(), y * 1)[2])
+
+
+def test_a_copy_is_not_a_view():
+    reads(IN_PLACE["of a copy"])
+
+
+def test_a_layer_is_what_it_returned_then():
+    """Not what an operation in place made of it later."""
+    model = Code(lambda m, x: m.relu(x), relu=nn.ReLU(inplace=True)).eval()
+    assert read_network(model, SHAPE, "conv").layer.kind == "conv"
+    assert read_network(model, SHAPE, "relu").layer.kind == "relu"
+    dropped = Code(lambda m, x: m.drop(F.relu(x)), drop=nn.Dropout()).eval()
+    assert read_network(dropped, SHAPE, "drop").layer.kind == "relu"
+
+
+# ---- names and layers --------------------------------------------------------------------------------------------
+
+
+def test_names():
+    relu = nn.ReLU()
+    model = Code(lambda m, x: m.block(F.relu(m.relu(m.relu(x)))), relu=relu, block=nn.Sequential(nn.Conv2d(4, 2, 1), relu))
+    network = read_network(model.eval(), SHAPE)
+    assert [stage.name for stage in network.stages] == [
+        "image", "conv", "relu@0", "relu@1", ":relu", "block.0", "relu@2"
+    ]  # fmt: skip
+    assert [stage.index for stage in network.stages] == list(range(7))
+    assert read_network(model, SHAPE, "relu@1").layer.name == "relu@1"
+    for last in ("relu", "block", "block.1", relu):
+        assert read_network(model, SHAPE, last).layer.name == "relu@2"
+    assert read_network(model, SHAPE, model).layer.name == "relu@2"
+    assert repr(network.layer).startswith("Stage(6: relu 'relu@2' <- [block.0], shape=(2, 20, 24)")
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        ("layer1.0.conv3", "layer='layer1.0.conv3'.*layer1.0.conv1"),
+        ("layer1.0.conv1@x", "nearest names are layer1.0.conv1"),
+        ("layer1.0.conv1@1", r"the model calls 'layer1.0.conv1' 1 times, from @0"),
+        ("", "no such module"),
+        ("unused", "expected a layer that the model calls"),
+        (3, "layer=3.*got int"),
+        (nn.ReLU(), r"layer=ReLU\(...\): expected a module of the model"),
+        ("zzz", "nearest names are conv, layer1"),
+    ],
+)
+def test_no_such_layer(layer, message):
+    block = nn.Sequential()
+    block.add_module("conv1", nn.Conv2d(4, 4, 1))
+    model = Code(lambda m, x: m.layer1(x), layer1=nn.Sequential(block), unused=nn.Conv2d(1, 1, 1)).eval()
+    with pytest.raises(LayerNotFound, match=message):
+        read_network(model, SHAPE, layer)
+
+
+def test_resolve_layer():
+    model = nn.Sequential()
+    model.add_module("a@1", nn.ReLU())
+    model.add_module("a", nn.ReLU())
+    assert resolve_layer(model, "a@1") == ("a@1", None)
+    assert resolve_layer(model, "a@0") == ("a", 0)
+    assert resolve_layer(model, "a@1@2") == ("a@1", 2)
+    assert resolve_layer(model, model[1]) == ("a", None)
+    assert resolve_layer(model, model) == ("", None)
+
+
+# ---- only what leads to the layer --------------------------------------------------------------------------------
+
+
+def test_what_is_not_needed_need_not_be_read():
+    model = Code(lambda m, x: (x.cumsum(1), m.relu(x).cumsum(2))[1], relu=nn.ReLU()).eval()
+    assert read_network(model, SHAPE, "relu").layer.kind == "relu"
+    with pytest.raises(UnsupportedOperation, match="Tensor.cumsum"):
+        read_network(model, SHAPE)
+
+
+def test_layers_before_control_flow():
+    def code(m, x):
+        x = m.relu(x)
+        return m.relu(x) if m.again and x.sum() > -1 else m.head(x) if x.sum() > -1 else x
+
+    model = Code(code, relu=nn.ReLU(), head=nn.Conv2d(4, 2, 1)).eval()
+    image = torch.randn(1, *SHAPE)
+    model.again = False
+    assert read_network(model, SHAPE, "relu@0").layer.kind == "relu"
+    assert read_network(model, SHAPE, "relu", image).layer.kind == "relu"  # the model was run to count the calls
+    for layer, example in (("relu", None), ("head", image), (None, image)):
+        with pytest.raises(UnsupportedOperation, match="control flow"):
+            read_network(model, SHAPE, layer, example)
+    model.again = True  # now the last call lies behind the control flow
+    with pytest.raises(UnsupportedOperation, match="control flow"):
+        read_network(model, SHAPE, "relu", image)
+    assert read_network(model, SHAPE, "relu@0").layer.kind == "relu"
+
+
+def test_images_that_fit_up_to_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 5), nn.Flatten(), nn.Linear(99, 2))
+    assert read_network(model, SHAPE, "2").layer.shape == (4, 5, 7)
+    with pytest.raises(ShapeError, match=r"'4' \(Linear\): images: they give this layer 140 features; it takes 99"):
+        read_network(model, SHAPE)
+    with pytest.raises(ShapeError, match=r"'2' \(Conv2d\): images: their map of \(3, 3\)"):
+        read_network(model, (3, 8, 8), "2")
+    with pytest.raises(ShapeError, match=r"'0' \(Conv2d\): images: they give this layer 1 channels; it takes 3"):
+        read_network(model, (1, 20, 24), "0")
+    with pytest.raises(ShapeError, match=r"'1' \(MaxPool2d\): images: their map of \(1, 1\)"):
+        read_network(model, (3, 3, 3), "1")
+
+
+def test_optional_arguments_keep_their_defaults():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, mask=None, *, scale=1.0):
+            x = self.conv(x) * scale
+            return x if mask is None else x * mask
+
+    assert [stage.kind for stage in read_network(Optional(), SHAPE).stages] == ["input", "conv", "scale"]
+
+
+# ---- hooks and what else changes a module ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ("conv", "block", "block.0"))
+@pytest.mark.parametrize("kind", ("forward_hook", "forward_pre_hook", "full_backward_hook"))
+def test_hooks_are_respected(kind, where):
+    model = Code(lambda m, x: m.block(x), block=nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU())).eval()
+    seen = []
+    handle = getattr(model.get_submodule(where), f"register_{kind}")(lambda *args: seen.append(args))
+    with pytest.raises(UnsupportedOperation, match=f"'{where}' .* has hooks"):
+        read_network(model, SHAPE, "block.1")
+    assert not seen  # nor did the hook see anything of the reader
+    handle.remove()
+    read_network(model, SHAPE, "block.1")
+
+
+def test_hooks_on_every_module():
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(UnsupportedOperation, match="has hooks"):
+            read_network(Code(lambda m, x: x), SHAPE)
+    finally:
+        handle.remove()
+
+
+def test_observers_are_no_hindrance():
+    model = Code(lambda m, x: F.relu(x)).eval()
+    seen = []
+    with observing(model.conv, seen.append):
+        read_network(model, SHAPE, "conv")
+        assert not seen
+        other = threading.Thread(target=model, args=(torch.zeros(1, *SHAPE),))
+        other.start()
+        other.join()
+        assert not seen  # another thread's forward is not this one's
+        model(torch.zeros(1, *SHAPE))
+    assert len(seen) == 1 and not model.conv._forward_hooks
+
+
+def test_a_hook_on_the_model_counts_for_its_output_only():
+    model = Code(lambda m, x: F.relu(x)).eval()
+    model.register_forward_hook(lambda m, a, out: out * 2)
+    assert read_network(model, SHAPE, "conv").layer.kind == "conv"
+    with pytest.raises(UnsupportedOperation, match="has hooks"):
+        read_network(model, SHAPE)
+
+
+def test_the_model_is_left_as_it_was():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.last = self.kept = None
+
+        def forward(self, x):
+            self.last = self.conv(x) + torch.ones(4, 1, 1)
+            self.fresh = [self.last]
+            return F.relu(self.last)
+
+    model = Remembers()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    read_network(model, SHAPE)
+    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert model.last is None and model.training
+
+
+def test_compiled_parts_are_read_as_written():
+    model = Code(lambda m, x: m.block(x), block=nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU())).eval()
+    model.block.compile()
+    assert [stage.kind for stage in read_network(model, SHAPE).stages] == ["input", "conv", "conv", "relu"]
+
+
+def test_torchscript_is_refused():
+    model = Code(lambda m, x: m.part(x), part=torch.jit.script(nn.Sequential(nn.ReLU()))).eval()
+    with pytest.raises(UnsupportedOperation, match=r"'part' .* is TorchScript"):
+        read_network(model, SHAPE)
+
+
+def test_threads_read_and_run_at_once():
+    model = Code(lambda m, x: m.block(x), block=nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU())).eval()
+    images = torch.randn(2, *SHAPE)
+    wanted = model(images)
+    errors = []
+
+    def work(reading):
+        try:
+            for _ in range(30):
+                if reading:
+                    assert len(read_network(model, SHAPE).stages) == 4
+                else:
+                    assert torch.equal(model(images), wanted)
+        except BaseException as error:  # noqa: BLE001 - a thread's failure must reach the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# ---- geometry ----------------------------------------------------------------------------------------------------
+
+
+def field_by_gradient(model, shape, place):
+    """(y0, x0, y1, x1) of the pixels that reach one place of the output, weights and pixels being positive."""
+    x = torch.zeros(1, *shape, dtype=torch.float64).requires_grad_()
+    y = model(x)[0, :, place[0], place[1]].sum()
+    (g,) = torch.autograd.grad(y, x)
+    rows, columns = g[0].abs().sum((0, 2)).nonzero(), g[0].abs().sum((0, 1)).nonzero()
+    return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(2, 2, (5, 3), (2, 3), (2, 1))
+        self.b = nn.Conv2d(2, 2, 3, dilation=(2, 3), padding=(1, 4))
+        self.c = nn.Conv2d(2, 2, 1, padding=0)
+        self.d = nn.Conv2d(2, 2, (4, 2), padding="same")
+        self.pool = nn.AvgPool2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.b(x) + F.pad(self.c(x), (2, 0, -2, 0))
+        return self.pool(torch.cat([self.d(x), x], 1))
+
+
+def test_fields_are_what_gradients_reach():
+    model = Branches().double()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    shape = (2, 61, 73)
+    network = read_network(model, shape)
+    size, jump, offset = network.layer.field
+    height, width = network.layer.shape[1:]
+    for place in ((0, 0), (height // 2, width // 2), (height - 1, width - 1), (1, width - 2)):
+        start = [p * j + o for p, j, o in zip(place, jump, offset, strict=True)]
+        end = [s + n for s, n in zip(start, size, strict=True)]
+        wanted = field_by_gradient(model, shape, place)
+        clipped = (max(start[0], 0), max(start[1], 0), min(end[0], 61), min(end[1], 73))
+        if place == (height // 2, width // 2):
+            assert clipped == wanted == (*start, *end)
+        # At a border the padding may hide what the box covers, never the other way round.
+        assert clipped[0] <= wanted[0] and clipped[1] <= wanted[1]
+        assert clipped[2] >= wanted[2] and clipped[3] >= wanted[3]
+
+
+def test_no_field_where_everything_is_seen():
+    network = reads(lambda m, x: x * x.mean((2, 3), keepdim=True))
+    assert [stage.field is None for stage in network.stages] == [False, False, True, True]
+    # Branches of different strides have no common box.
+    model = nn.Module()
+    network = reads(
+        lambda m, x: F.max_pool2d(x, 2)[:, :, :] + m.far(x), far=nn.Conv2d(4, 4, 3, dilation=(5, 6)),
+        shape=(3, 20, 24),
+    )  # fmt: skip
+    assert model is not None and network.layer.field is None
+
+
+# ---- eval mode ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluating_restores_every_module():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
+    model[1][0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("on purpose")
+    assert [module.training for module in model.modules()] == before
+    with evaluating(model):
+        with evaluating(model[1]):  # a part of it, for another call
+            pass
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_evaluating_in_threads():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm2d(2)))
+    barrier, failures = threading.Barrier(8), []
+
+    def work(part):
+        barrier.wait()
+        for _ in range(300):
+            with evaluating(part):
+                if any(module.training for module in part.modules()):
+                    failures.append(part)
+
+    threads = [threading.Thread(target=work, args=((model, model[1])[i % 2],)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and all(module.training for module in model.modules())
+
+
+def test_evaluating_does_not_call_eval():
+    class Merges(nn.Module):
+        def train(self, mode=True):
+            raise AssertionError("a model's own train() may do more than set flags")
+
+    with evaluating(Merges()):
+        pass
