@@ -29,7 +29,7 @@ bench: $(VENV)/installed $(VENV)/testing
 	$(BIN)/pytest bench --benchmark-only
 
 env: $(VENV)/installed
-	$(BIN)/python -m zfcore.env
+	cd $(VENV) && bin/python -m zfcore.env
 
 $(VENV)/bin/pip:
 	PYTHON="$(PYTHON)" sh .ci/venv "$(VENV)"
@@ -42,7 +42,7 @@ $(VENV)/torch: $(VENV)/bin/pip
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet .
-	@$(BIN)/python -m zfcore.env
+	@cd $(VENV) && bin/python -m zfcore.env  # not from here, where the source tree would hide the install
 	@touch $@
 
 # The test tools come from the package's own list of extras, so that they stand in one place.

@@ -44,6 +44,7 @@ setup(
     packages=[*find_packages(include=["zfcore", "zfcore.*"]), "zfcore.kernels"],
     package_dir={"zfcore.kernels": "kernels"},
     package_data={"zfcore.data": ["assets/*", "assets/**/*"], "zfcore.report": ["*.css", "*.html"]},
+    include_package_data=False,
     ext_modules=[Extension("zfcore._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
