@@ -240,15 +240,16 @@ def unpool_relu_conv_transpose2d(
     if type(strict_nan) is not bool:
         raise DtypeError(f"strict_nan={show(strict_nan)}: expected True or False")
     size = None if output_size is None else size_pair(output_size)
-    check_map("y", y)
-    check_weight(y, weight, conv.groups)
+    if strict_nan or y.dim() != 4 or weight.dim() != 4:  # else the op checks them
+        check_map("y", y)
+        check_switches(y, switches)
+        check_weight(y, weight, conv.groups)
     kernel = weight.shape[2:]
     unpooled, size = conv_transposed_size(y.shape[2:], pool, conv, kernel, size)
     if not strict_nan:
         return unpool_relu_conv_transpose2d_op(
             y, switches, weight, *pool[:4], *conv[:4], unpooled, size, overlap
         )
-    check_switches(y, switches)
     check_conv_transposed_size(y.shape[2:], pool, conv, kernel, unpooled, size)
     check_result(y, *_shape(y, weight, conv.groups, size))
     u = unpool_relu2d_op(y, switches, *pool[:4], unpooled, overlap)
