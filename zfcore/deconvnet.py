@@ -256,7 +256,7 @@ class _Job:
                 if strict:
                     raise
                 self.reason = str(error)
-                warnings.warn(f"zfcore: the dense path runs this network: {error}", stacklevel=4)
+                warnings.warn(f"zfcore: the dense path runs this network: {error}", stacklevel=3)
                 self.runner = _Dense(self, name, call)
             else:
                 self.runner = _Engine(self, network)
@@ -339,20 +339,26 @@ class _Job:
             "units": ints[:, 0],
         }
 
-    def locate(self, activations: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+    def locate(
+        self, activations: Tensor, begin: int, units: range | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Seeds of images [begin, begin + n): positions [n, U, 2] (on the CPU), values [n, U], and what they report.
 
-        activations: [n, U, H, W] of the chosen units.
+        activations: [n, U, H, W] of the chosen units, or of `units` among these by place.
         """
         n, u, h, w = activations.shape
         flat = activations.reshape(n, u, h * w)
         if isinstance(self.positions, Tensor):
             positions = self.positions[begin : begin + n]
+            positions = positions if units is None else positions[:, units.start : units.stop]
             index = (positions[..., 0] * w + positions[..., 1]).to(self.device)
         elif self.positions == "all":
             return torch.full((n, u, 2), -1, device="cpu"), flat.sum(-1), flat.sum(-1)
         else:
-            index = torch.where(flat.isnan(), torch.full_like(flat, -torch.inf), flat).argmax(-1)
+            nan = flat.isnan()
+            index = torch.where(nan, torch.full_like(flat, -torch.inf), flat).argmax(-1, keepdim=True)
+            # Among nothing but NaN and -inf the first -inf is the strongest.
+            index = torch.where(nan.gather(-1, index), (~nan).byte().argmax(-1, keepdim=True), index).squeeze(-1)
             place = index.cpu()
             positions = torch.stack((place // w, place % w), -1)
         values = flat.gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -888,6 +894,7 @@ class _Dense:
 
     def __init__(self, job: _Job, name: str, call: int | None):
         self.job, self.call = job, call
+        self.overwritten = False  # whether the model works in place on what autograd saved
         for path, module in job.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise UnsupportedOperation(
@@ -900,12 +907,19 @@ class _Dense:
         self.layer_shape, self.layer_dtype = tuple(output.shape[1:]), output.dtype
         self.picture_shape = tuple(job.images.shape[1:])
 
+    def seeds_at_once(self) -> int:
+        if self.job.batch_size is not None:
+            return self.job.batch_size
+        pixels = torch.Size(self.job.images.shape[1:]).numel()
+        return max(1, SCRATCH_BYTES // (pixels * self.job.images.element_size()))
+
     def image_batches(self) -> Iterator[tuple[int, int]]:
-        step = min(8, self.job.batch_size or 8)
+        step = max(1, min(8, self.seeds_at_once() // len(self.job.units)))
         for begin in range(0, len(self.job.images), step):
             yield begin, min(begin + step, len(self.job.images))
 
     def up(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The images as a leaf of autograd's graph, and the layer's output."""
         job, outputs = self.job, []
 
         def keep(output):
@@ -916,8 +930,8 @@ class _Dense:
         devices = [job.device] if job.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices):
             leaf = images.detach().clone().requires_grad_()
-            with observing(self.module, keep), _Rules(job.rule, job.overlap):
-                job.model(leaf.clone())
+            with observing(self.module, keep), _Rules(job.rule, job.overlap), self.saving():
+                job.model(leaf.clone())  # a copy: the model may work on its input in place
         name = self.job.layer
         if not outputs:
             raise LayerNotFound(f"layer={name!r}: expected a layer that the model calls")
@@ -927,39 +941,61 @@ class _Dense:
         if not isinstance(output, Tensor) or output.dim() not in (2, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"layer={name!r} returns {what}: expected a tensor [N, C, H, W] or [N, F]")
+        if not output.requires_grad:
+            raise UnsupportedOperation(
+                f"layer={name!r}: its output is cut off from the images; expected a model without no_grad() and detach()"
+            )
         return leaf, output
 
+    def saving(self) -> contextlib.AbstractContextManager:
+        """Keeps copies of what autograd saves, for models that work in place on what their gradient needs."""
+        if not self.overwritten:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.is_leaf else x.clone(), lambda x: x)
+
     def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
+        step = len(self.job.units) if end - begin > 1 else self.seeds_at_once()
+        for first in range(0, len(self.job.units), step):
+            units = range(first, min(first + step, len(self.job.units)))
+            try:
+                yield self.part(begin, end, units)
+            except RuntimeError as error:
+                if self.overwritten or "modified by an inplace operation" not in str(error):
+                    raise
+                self.overwritten = True
+                yield self.part(begin, end, units)
+
+    def part(self, begin: int, end: int, units: range) -> dict[str, Tensor]:
+        """Some units, by their place in the job's, of images [begin, end)."""
         job = self.job
         leaf, output = self.up(job.images[begin:end])
         if output.shape[0] != end - begin:
             raise ShapeError(f"layer={job.layer!r} returns {tuple(output.shape)}: expected {end - begin} images first")
         maps = output.detach()
         maps = maps[:, :, None, None] if maps.dim() == 2 else maps
-        chosen = maps[:, job.units.to(job.device)]
-        positions, seeds, reported = job.locate(chosen, begin)
+        ids = job.units[units.start : units.stop]
+        chosen = maps[:, ids.to(job.device)]
+        positions, seeds, reported = job.locate(chosen, begin, units)
         n, u = reported.shape
         pixels = leaf.new_empty((n, u, *leaf.shape[1:]))
         rows = torch.arange(n, device=job.device)
-        for i, unit in enumerate(job.units.tolist()):
+        for i, unit in enumerate(ids.tolist()):
             seed = torch.zeros_like(maps)
             if job.positions == "all":
                 seed[:, unit] = job.seed_maps(chosen)[:, i]
             else:
                 at = positions[:, i].to(job.device)
                 seed[rows, unit, at[:, 0], at[:, 1]] = seeds[:, i]
-            g = None
-            if output.requires_grad:
-                (g,) = torch.autograd.grad(
-                    output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
-                )
+            (g,) = torch.autograd.grad(
+                output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
+            )
             pixels[:, i] = 0 if g is None else g
         height, width = leaf.shape[-2:]
-        yield {
+        return {
             "pixels": pixels.flatten(0, 1),
             "boxes": torch.tensor([0, 0, height, width], device=job.device).repeat(n * u, 1),
             "activations": reported.reshape(-1).clone(),
             "positions": positions.reshape(-1, 2).to(job.device),
             "images": (rows + begin).repeat_interleave(u),
-            "units": job.units.to(job.device).repeat(n),
+            "units": ids.to(job.device).repeat(n),
         }

@@ -116,7 +116,7 @@ class Inception(nn.Module):
             nn.Conv2d(c, 3, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Conv2d(3, 4, (5, 1), padding=(2, 0))
         )
         self.pool = nn.Sequential(
-            nn.AvgPool2d(3, 1, 1, count_include_pad=include_pad), nn.Conv2d(c, 2, 1)
+            nn.AvgPool2d(3, 1, 1, count_include_pad=include_pad), nn.Conv2d(c, 4, 1)
         )
 
     def forward(self, x):
@@ -130,11 +130,11 @@ class GoogLeNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True))
         self.a = Inception(8, True)
-        self.reduce_conv = nn.Conv2d(16, 6, 3, 2)
+        self.reduce_conv = nn.Conv2d(18, 6, 3, 2)
         self.reduce_pool = nn.MaxPool2d(3, 2)
         self.joined = Op(lambda a, b: torch.cat((a, b), dim=1))
-        self.b = Inception(22, False)
-        self.fc = nn.Linear(16, 5)
+        self.b = Inception(24, False)
+        self.fc = nn.Linear(18, 5)
 
     def forward(self, x):
         x = self.a(self.stem(x))

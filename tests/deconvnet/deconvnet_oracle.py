@@ -149,7 +149,8 @@ def project(
     outputs = []
     handle = module.register_forward_hook(lambda m, a, out: outputs.append(out.clone()))
     x = images.detach().double().clone().requires_grad_()
-    with torch.enable_grad(), _Deconvnet(rule, overlap):
+    copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)  # in-place ReLUs overwrite
+    with torch.enable_grad(), copies, _Deconvnet(rule, overlap):
         model(x.clone())
     handle.remove()
     out = outputs[call]

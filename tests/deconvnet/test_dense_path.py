@@ -67,19 +67,40 @@ def test_every_spelling_of_relu(rule, traceable):
         close(p.pixels, project(model, images, layer, [1, 2], p.positions, rule=rule)[0], torch.float32)
 
 
-@pytest.mark.parametrize("units", ([0, 1], None))
-def test_dense_batches_equal_single_images(units):
+@pytest.mark.parametrize("batch_size", (1, 3, 25, None))
+def test_dense_batches_equal_single_images(batch_size):
     model, images = make("resnet")
     model = Controlled(model)
-    many = zfcore.deconv_project(model, torch.cat([images] * 5), "net.layer2.0", units, batch_size=3)
-    one = zfcore.deconv_project(model, images[1], "net.layer2.0", units)
-    for i in (1, 9):
-        close(many.pixels[i], one.pixels[0].double(), torch.float32)
+    images = torch.cat([images] * 2)
+    positions = torch.randint(6, (4, 12, 2))
+    for where in ("max", positions):
+        many = zfcore.deconv_project(model, images, "net.layer2.0", positions=where, batch_size=batch_size)
+        at = where if isinstance(where, str) else where[3:]
+        one = zfcore.deconv_project(model, images[3], "net.layer2.0", positions=at)
+        close(many.pixels[3], one.pixels[0].double(), torch.float32)
+        assert torch.equal(many.positions[3], one.positions[0]) and many.units[3].tolist() == list(range(12))
+    parts = list(zfcore.iter_projections(model, images, "net.layer2.0", positions=positions, batch_size=batch_size))
+    assert max(len(part.pixels) for part in parts) <= (batch_size or 48)
+    close(torch.cat([part.pixels for part in parts]).unflatten(0, (4, 12)), many.pixels.double(), torch.float32)
+
+
+def test_a_model_without_gradient_is_refused():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                return self.conv(torch.fft.fft(x).real)
+
+    with pytest.raises(UnsupportedOperation, match="cut off from the images"):
+        zfcore.deconv_project(Frozen(), torch.ones(1, 3, 8, 8), "conv", [0])
 
 
 def test_says_what_keeps_the_engine_out():
     model, images = make("vgg")
-    model[1] = nn.FractionalMaxPool2d(2, output_size=4)
+    model[1] = nn.FractionalMaxPool2d(2, output_size=2)
     model.append(nn.Flatten())
     with pytest.warns(UserWarning, match=r"'1' \(FractionalMaxPool2d\)") as caught:
         p = zfcore.deconv_project(model[:2], images, "1", [0])
@@ -110,7 +131,8 @@ def test_random_networks_do_not_move_the_callers_generator():
         def forward(self, x):
             return self.conv(F.dropout(x, 0.5, training=True))
 
+    model = Random()
     before = torch.get_rng_state()
-    p = zfcore.deconv_project(Random(), torch.ones(1, 3, 8, 8), "conv", [0])
+    p = zfcore.deconv_project(model, torch.ones(1, 3, 8, 8), "conv", [0])
     assert p.path == "dense"
     assert torch.equal(torch.get_rng_state(), before)
