@@ -31,8 +31,10 @@ def all_ops(x, weight, window, conv, overlap):
     ]
 
 
-def large_cases(device):
-    for size, window in LARGE:
+def large_cases(backend):
+    device = backend.device
+    # The reference runs on torch's own threads: one case shows that they change nothing here.
+    for size, window in LARGE[:1] if backend.name == "reference" else LARGE:
         # A map of the size that unpooling gives by itself, so that all ops agree on it.
         height, width = oracle.unpooled_size(oracle.pooled_size(size[2:], (*window, False)), window)
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -47,17 +49,16 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("overlap", ["sum", "last"])
 def test_threads_change_no_bit(backend, threads, overlap):
-    for x, weight, window, conv in large_cases(backend.device):
+    for x, weight, window, conv in large_cases(backend):
         threads(1)
         one = all_ops(x, weight, window, conv, overlap)
         for count in (2, 3):
             threads(count)
-            for _ in range(2):
-                assert same_bits(all_ops(x, weight, window, conv, overlap), one), (count, x.shape)
+            assert same_bits(all_ops(x, weight, window, conv, overlap), one), (count, x.shape)
 
 
 def test_threads_change_no_bit_of_a_gradient(backend, threads):
-    for x, _, window, _ in large_cases(backend.device):
+    for x, _, window, _ in large_cases(backend):
         results = []
         for count in (1, 2, 4):
             threads(count)
