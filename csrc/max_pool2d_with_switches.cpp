@@ -36,23 +36,62 @@ struct Tap {
   int32_t id;      // ky*kw + kx
 };
 
-template <class S>
+template <class M>
+inline bool any_lane(M mask) {
+#if ZF_VECTOR_BYTES == 64
+  return _mm512_movepi8_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif ZF_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#else
+  int64_t halves[2];
+  std::memcpy(halves, &mask, sizeof halves);
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+
+// One vector of outputs where no tap is NaN: one compare a tap. The sum of the taps, which runs on units that the
+// compares leave idle, is NaN wherever a tap is; then (or where infinities cancelled) the result is void, and false.
+// Count is the number of taps where it is known when this is compiled, else 0.
+template <int Count, class S, class V, class M>
+inline bool pool_numbers(const S* p, const Tap* taps, int count, V& best, M& tap) {
+  typedef typename Vec<typename Compute<S>::type>::lane Lane;
+  const int taps_here = Count ? Count : count;
+  best = load_storage(p + taps[0].offset);
+  tap = M{} + Lane(taps[0].id);
+  V sum = best;
+#pragma GCC unroll 9
+  for (int t = 1; t < taps_here; ++t) {
+    const V v = load_storage(p + taps[t].offset);
+    sum += v;
+    const auto take = v > best;
+    best = take ? v : best;
+    tap = take ? M{} + Lane(taps[t].id) : tap;
+  }
+  return !any_lane(M(sum != sum));
+}
+
+template <class S, class V, class M>
+inline void pool_any(const S* p, const Tap* taps, int count, V& best, M& tap) {
+  typedef typename Vec<typename Compute<S>::type>::lane Lane;
+  best = load_storage(p + taps[0].offset);
+  tap = M{} + Lane(taps[0].id);
+  for (int t = 1; t < count; ++t) {
+    const V v = load_storage(p + taps[t].offset);
+    const auto take = replaces(v, best);
+    best = take ? v : best;
+    tap = take ? M{} + Lane(taps[t].id) : tap;
+  }
+}
+
+template <int Count, class S>
 void pool_pixel(const S* corner, const Tap* taps, int count, int64_t channels, S* y, uint8_t* switches) {
   typedef typename Compute<S>::type T;
-  typedef typename Vec<T>::type V;
-  typedef typename Vec<T>::mask M;
   constexpr int lanes = Vec<T>::lanes;
   int64_t c = 0;
   while (c + lanes <= channels) {
-    const S* p = corner + c;
-    V best = load_storage(p + taps[0].offset);
-    M tap = M{} + typename Vec<T>::lane(taps[0].id);
-    for (int t = 1; t < count; ++t) {
-      const V v = load_storage(p + taps[t].offset);
-      const auto take = replaces(v, best);
-      best = take ? v : best;
-      tap = take ? M{} + typename Vec<T>::lane(taps[t].id) : tap;
-    }
+    typename Vec<T>::type best;
+    typename Vec<T>::mask tap;
+    if (!pool_numbers<Count>(corner + c, taps, count, best, tap)) pool_any(corner + c, taps, count, best, tap);
     store_storage(y + c, best);
     store_bytes<T>(switches + c, tap);
     if (c + lanes == channels) return;
@@ -101,8 +140,14 @@ void pool_rows_channels_last(const View& x, const View& y, const View& switches,
         }
         continue;
       }
-      pool_pixel(at<S>(x, n, 0, oy * pool.stride[0] - pool.padding[0], ox * pool.stride[1] - pool.padding[1]), taps,
-                 count, y.c(), out, out_switches);
+      const S* corner =
+          at<S>(x, n, 0, oy * pool.stride[0] - pool.padding[0], ox * pool.stride[1] - pool.padding[1]);
+      if (count == 9)
+        pool_pixel<9>(corner, taps, count, y.c(), out, out_switches);
+      else if (count == 4)
+        pool_pixel<4>(corner, taps, count, y.c(), out, out_switches);
+      else
+        pool_pixel<0>(corner, taps, count, y.c(), out, out_switches);
     }
   }
 }

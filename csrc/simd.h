@@ -174,10 +174,22 @@ inline void store_storage(f16* p, Vec<float>::type v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 }
+#elif ZF_VECTOR_BYTES == 32
+inline void store_storage(bf16* p, Vec<float>::type v) {
+  typedef uint32_t word_vector __attribute__((vector_size(32)));
+  const word_vector bits = reinterpret_cast<word_vector>(v);
+  const __m256i stored =
+      reinterpret_cast<__m256i>(v != v ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(stored), _mm256_extracti128_si256(stored, 1)));
+}
+inline void store_storage(f16* p, Vec<float>::type v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+}
 #endif
 
-// One byte per lane to and from integer lanes. Where the compiler's own conversion goes byte by byte (GCC 12 does for
-// 64-byte vectors, and for the narrowing of 32-byte ones), the instruction is named.
+// One byte per lane to and from integer lanes. GCC 12's own conversion goes byte by byte, so the instruction is named.
 template <class T>
 inline typename Vec<T>::mask load_bytes(const uint8_t* p) {
   typename Vec<T>::bytes v;
@@ -209,6 +221,17 @@ inline void store_bytes<double>(uint8_t* p, Vec<double>::mask v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(reinterpret_cast<__m512i>(v)));
 }
 #elif ZF_VECTOR_BYTES == 32
+template <>
+inline Vec<float>::mask load_bytes<float>(const uint8_t* p) {
+  return reinterpret_cast<Vec<float>::mask>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+inline Vec<double>::mask load_bytes<double>(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return reinterpret_cast<Vec<double>::mask>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)));
+}
 template <>
 inline void store_bytes<float>(uint8_t* p, Vec<float>::mask v) {
   const __m256i words = reinterpret_cast<__m256i>(v);
