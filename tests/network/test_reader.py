@@ -53,6 +53,17 @@ def reads(function, *kinds, shape=SHAPE, **parts):
     return network
 
 
+def _shuffled(x):
+    n, c, h, w = x.size()
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, -1, h, w)
+
+
+@torch.fx.wrap
+def wrapped(x, training):
+    """What is a leaf to fx, with control flow inside that does not depend on the map."""
+    return torch.bernoulli(x) if training else F.relu(x)
+
+
 OPERATIONS = {
     "relu": (lambda m, x: F.relu(x), "relu"),
     "relu method": (lambda m, x: x.relu(), "relu"),
@@ -97,6 +108,11 @@ OPERATIONS = {
     "pick of one": (lambda m, x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0][:, :, None, None], "map", "map", "map"),
     "squeeze": (lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(-1), "map", "map", "map"),
     "expand": (lambda m, x: x * x.mean((2, 3)).view(-1, 4, 1, 1).expand_as(x), "map", "map", "map", "map"),
+    "slices": (lambda m, x: x[:, 1:3, ..., ::2] + x[:, -2:, :, 1::2], "map", "map", "add"),
+    "row": (lambda m, x: x[:, :, 3], "map"),
+    "shuffle": (lambda m, x: _shuffled(torch.cat(x.chunk(2, dim=1)[::-1], 1)), "map", "map", "cat", "map", "map", "map"),
+    "split": (lambda m, x: torch.split(x, [1, 3], 1)[1] * 2, "map", "scale"),
+    "wrapped function": (lambda m, x: wrapped(x, training=m.training), "relu"),
     "permute": (lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 2), "map", "map"),
     "softmax": (lambda m, x: F.softmax(x, dim=1), "map"),
     "log softmax": (lambda m, x: torch.log_softmax(x.flatten(1), 1), "map", "map"),
@@ -149,7 +165,10 @@ REFUSED = {
     "batch size in the values": (lambda m, x: x / x.size(0), "in a way that the engines do not read"),
     "batch size in the flow": (lambda m, x: F.relu(x) if x.size(0) > 1 else x, "depends on the batch size"),
     "squeeze of what is one": (lambda m, x: x.squeeze(), "squeeze a batch of one"),
-    "a part of a map": (lambda m, x: x[:, :2], "picks out of a map"),
+    "images": (lambda m, x: x[:1], "picks images"),
+    "images by split": (lambda m, x: x.chunk(2)[0], "splits the batch axis"),
+    "by a mask": (lambda m, x: x[:, torch.tensor([True, False, True, True])], "picks by what is no number"),
+    "by the batch size": (lambda m, x: x[:, : x.size(0)], "picks by the batch size"),
     "clamp below another": (lambda m, x: x.clamp(min=-1), "does not rectify at 0"),
     "other dtype": (lambda m, x: x.to(torch.float16), "Tensor.to"),
     "indices": (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),

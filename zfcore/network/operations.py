@@ -6,6 +6,7 @@ stage. What it cannot express it refuses with `Unknown`; a map that does not fit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable
@@ -456,12 +457,44 @@ def squeeze(input, *dims) -> Stage:
 def getitem(input, index):
     if not isinstance(input, Stage):
         return operator.getitem(input, index)
-    everything = slice(None)
-    if not isinstance(index, tuple) or index[:1] != (everything,):
-        raise Unknown("it picks out of a map")
-    if any(i is not None and i != everything and i not in (0, -1) for i in index):
-        raise Unknown("it picks out of a map")
-    return _reshaped(operator.getitem)(input, index)  # [:, :, None, None], and [:, :, 0, 0] of a 1 x 1 map
+    x, everything = _stage(input), slice(None)
+    index = index if isinstance(index, tuple) else (index,)
+    if index[:1] != (everything,):
+        raise Unknown("it picks images")
+    if not all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index):
+        raise Unknown("it picks by what is no number")
+    if any(isinstance(part, BatchSize) for i in index if isinstance(i, slice) for part in (i.start, i.stop, i.step)):
+        raise Unknown("it picks by the batch size")
+    if all(i is None or i == everything or (isinstance(i, int) and i in (0, -1)) for i in index):
+        with contextlib.suppress(Unknown):
+            return _reshaped(operator.getitem)(x, index)  # [:, :, None, None], and [:, :, 0, 0] of a 1 x 1 map
+    shape = torch.empty((BATCH, *x.shape), device="meta")[index].shape
+    if 0 in shape:
+        raise Unknown("it picks nothing")
+    return _whole([x], lambda x: x[index], shape[1:])
+
+
+def split(input, split_size_or_sections, dim=0) -> tuple[Stage, ...]:
+    return _parts(torch.split, input, split_size_or_sections, dim)
+
+
+def chunk(input, chunks, dim=0) -> tuple[Stage, ...]:
+    return _parts(torch.chunk, input, chunks, dim)
+
+
+def _parts(function, input, sections, dim) -> tuple[Stage, ...]:
+    x = _stage(input)
+    axis = _axis(x, dim)
+    if axis == 0:
+        raise Unknown("it splits the batch axis")
+    lengths = [part.shape[axis] for part in function(torch.empty((BATCH, *x.shape), device="meta"), sections, axis)]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def part(start: int, length: int) -> Stage:
+        shape = (*x.shape[: axis - 1], length, *x.shape[axis:])
+        return _whole([x], lambda x: x.narrow(axis, start, length), shape)
+
+    return tuple(map(part, starts, lengths))
 
 
 def permute(input, *dims) -> Stage:
@@ -560,7 +593,7 @@ FUNCTIONS: dict[Callable, Callable] = {
     operator.neg: neg, torch.neg: neg, operator.getitem: getitem,
     torch.flatten: _flatten, torch.reshape: _view, torch.squeeze: squeeze, torch.unsqueeze: _unsqueeze,
     torch.permute: permute, torch.transpose: transpose, torch.mean: _mean, torch.sum: _sum, torch.amax: _reduced(torch.amax),
-    torch.cat: cat, torch.concat: cat, torch.concatenate: cat, F.pad: pad,
+    torch.split: split, torch.chunk: chunk, torch.cat: cat, torch.concat: cat, torch.concatenate: cat, F.pad: pad,
     F.softmax: softmax, F.log_softmax: log_softmax,
     torch.softmax: lambda input, dim, dtype=None: softmax(input, dim, dtype=dtype),
     torch.log_softmax: lambda input, dim, dtype=None: log_softmax(input, dim, dtype=dtype),
@@ -578,7 +611,7 @@ METHODS: dict[str, Callable] = {
     "clamp_min": clamp_min, "clamp_min_": clamp_min, "add": add, "add_": add, "sub": sub, "sub_": sub,
     "mul": mul, "mul_": mul, "div": div, "div_": div, "neg": neg, "size": size, "dim": lambda x: len(x.shape) + 1, "is_floating_point": lambda x: True,
     "view": _view, "reshape": _view, "flatten": _flatten, "squeeze": squeeze, "unsqueeze": _unsqueeze,
-    "permute": permute, "transpose": transpose, "expand": expand, "expand_as": expand_as,
+    "split": split, "chunk": chunk, "permute": permute, "transpose": transpose, "expand": expand, "expand_as": expand_as,
     "view_as": lambda x, other: _view(x, size(other)), "reshape_as": lambda x, other: _view(x, size(other)),
     "mean": _mean, "sum": _sum, "amax": FUNCTIONS[torch.amax], "contiguous": contiguous, "clone": copied,
     "softmax": FUNCTIONS[torch.softmax], "log_softmax": FUNCTIONS[torch.log_softmax],
@@ -588,7 +621,7 @@ for _name in ("sigmoid", "tanh", "exp", "sqrt", "square", "abs"):
 
 # Their result may share memory with what they read.
 VIEWS = frozenset(
-    (_view, _flatten, _unsqueeze, squeeze, getitem, permute, transpose, expand, expand_as, contiguous,
+    (_view, _flatten, _unsqueeze, squeeze, getitem, split, chunk, permute, transpose, expand, expand_as, contiguous,
      METHODS["view_as"], METHODS["reshape_as"])
 )  # fmt: skip
 IN_PLACE_FUNCTIONS = frozenset(

@@ -14,6 +14,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, fx, nn
@@ -174,6 +175,7 @@ class _Reader(fx.Tracer):
         self.image_shape = tuple(image_shape)
         self.thread = threading.get_ident()
         self.count = 0  # stages so far
+        self.inside: list[FunctionType] = []  # wrapped functions that are being followed
         self.owners: dict[Stage, tuple[nn.Module, int]] = {}  # the innermost call of a module that returned it
         self.paths = {module: name for name, module in model.named_modules()}
         self.scopes: list[nn.Module] = [model]
@@ -289,12 +291,23 @@ class _Reader(fx.Tracer):
             label = f"{module}.{getattr(target, '__name__', target)}".removeprefix(".")
         else:
             raise UnsupportedOperation(f"{self.described(self.scopes[-1])}: {kind} {args[1:]} is not read")
+        if operation is None and self.is_wrapped(target):
+            self.inside.append(target)
+            try:
+                return target(*args, **kwargs)  # fx.wrap() makes it a leaf; its code may be read all the same
+            finally:
+                self.inside.pop()
         kwargs = dict(kwargs)
         in_place = kwargs.pop("inplace", False) is True or in_place
         if operation is None or "out" in kwargs:
             unread = self.unread(f"calls {label}, which is not an operation that the engines read")
             return self.lose(unread, (args, kwargs), (args[:1] if in_place else (), kwargs.get("out")))
         return self.operate(operation, args, kwargs, in_place, operation in VIEWS, label)
+
+    def is_wrapped(self, target: object) -> bool:
+        """Whether this is a Python function of a model's, and not on its way already."""
+        own = isinstance(target, FunctionType) and not target.__module__.startswith("torch.")
+        return own and target not in self.inside
 
     def operate(self, operation, args, kwargs, in_place=False, view=False, label=""):
         """The result of an operation: a proxy, or numbers."""
@@ -312,16 +325,17 @@ class _Reader(fx.Tracer):
             return self.lose(self.unread(f"{what} that the engines do not read{why}", error), given, changed)
         except ShapeError as error:
             return self.lose(_Unread(ShapeError(f"{self.described(self.scopes[-1])}: {error}")), given, changed)
+        source = args[0] if args else None
+        memory = source.memory if view and isinstance(source, _Traced) else None
         if isinstance(result, tuple) and any(isinstance(part, Stage | Unknown) for part in result):
             parts = _Parts(
-                self.wrap(self.add(part, label) if isinstance(part, Stage) else self.unread(str(part)))
+                self.wrap(self.add(part, label) if isinstance(part, Stage) else self.unread(str(part)), memory)
                 for part in result
             )
             parts.node = self.node
             return parts
         if not isinstance(result, Stage):
             return result
-        source = args[0] if args else None
         if isinstance(source, _Traced) and result is source.value:  # dropout and the like
             return source
         if in_place and not isinstance(source, _Traced):
@@ -329,7 +343,7 @@ class _Reader(fx.Tracer):
         self.add(result, label)
         if in_place:
             return self.replace(source, result)
-        return self.wrap(result, source.memory if view and isinstance(source, _Traced) else None)
+        return self.wrap(result, memory)
 
     def add(self, stage: Stage, label: str) -> Stage:
         self.count += 1
