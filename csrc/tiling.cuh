@@ -135,18 +135,14 @@ struct Strided {
   T* data;
   I n, c, y, x;
 
-  explicit Strided(const View& v, int64_t first_image = 0)
+  Strided(const View& v, int64_t first_image)
       : data(static_cast<T*>(v.data) + first_image * v.stride[0]),
-        n(stride(v, 0)),
-        c(stride(v, 1)),
-        y(stride(v, 2)),
-        x(stride(v, 3)) {}
+        n(I(v.stride[0])),
+        c(I(v.stride[1])),
+        y(I(v.stride[2])),
+        x(I(v.stride[3])) {}
 
   ZF_HD T* at(I in, I ic, I iy, I ix) const { return data + (in * n + ic * c + iy * y + ix * x); }
-
- private:
-  // An axis of one place may have any stride: nothing ever steps along it.
-  static I stride(const View& v, int axis) { return v.size[axis] == 1 ? I(0) : I(v.stride[axis]); }
 };
 
 // Geometry of a pooling window that is known when a launch is made.

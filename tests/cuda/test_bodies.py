@@ -117,6 +117,37 @@ def test_misaligned_channels_last_takes_no_vectors(driver, shift):
     assert oracle.same(y.check(), expected_y) and torch.equal(switches.check(), expected_switches)
 
 
+@pytest.mark.parametrize("gap, packed", [(8, True), (4, True), (2, False), (1, False)])
+def test_rows_that_start_off_a_vector_take_no_vectors(driver, gap, packed):
+    """Channels are neighbours and the map is aligned, but its rows are 9 * 8 + gap elements apart."""
+    pool = ((3, 3), (2, 2), (0, 0), (1, 1))
+    x = torch.randn(9 * (9 * 8 + gap)).as_strided((1, 8, 9, 9), (1, 1, 9 * 8 + gap, 8))
+    expected_y, expected_switches, _ = oracle.pool(x, *pool, False)
+    strides = cases.strides_of(expected_y.shape, "channels_last")
+    y, switches = Output(expected_y.shape, x.dtype, strides), Output(expected_y.shape, torch.uint8, strides)
+    report = driver.max_pool2d_with_switches(x, y.tensor, switches.tensor, pool)
+    assert report.packed == packed
+    assert oracle.same(y.check(), expected_y) and torch.equal(switches.check(), expected_switches)
+
+
+def test_an_axis_of_one_place_may_have_any_stride(driver):
+    """Nothing steps along it, so it neither costs vectors nor needs 64 bits."""
+    pool = ((2, 2), (2, 2), (0, 0), (1, 1))
+    x = torch.randn(1, 4, 6, 2).contiguous(memory_format=torch.channels_last)
+    y = torch.empty(1, 4, 3, 1).as_strided((1, 4, 3, 1), (2**60 + 1, 1, 4, 2**61 + 3))
+    switches = torch.empty(1, 4, 3, 1, dtype=torch.uint8).as_strided(
+        (1, 4, 3, 1), (2**62 + 1, 1, 4, 2**40 + 1)
+    )
+    report = driver.max_pool2d_with_switches(x, y, switches, pool)
+    assert report.packed and report.index_bits == 32
+    expected_y, expected_switches, _ = oracle.pool(x, *pool, False)
+    assert torch.equal(y, expected_y) and torch.equal(switches, expected_switches)
+    out = torch.empty_like(x)
+    report = driver.unpool_relu2d(y, switches, out, pool, False, "sum")
+    assert report.packed and report.index_bits == 32
+    assert torch.equal(out, cases.reference.unpool2d(y, switches, *pool, (6, 2)))
+
+
 # ---- Edge cases ----------------------------------------------------------------------------------
 
 
