@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import requires, version
 
 import torch
@@ -10,8 +11,11 @@ import zfcore
 from zfcore import _C
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def run(*arguments: str) -> str:
+    """A Python of its own, away from the source tree, which would hide the install."""
+    command = [sys.executable, *arguments]
+    away = tempfile.gettempdir()
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=away).stdout
 
 
 def test_versions_agree():
@@ -30,8 +34,9 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_import_is_lazy_and_leaves_the_gpu_alone():
     out = run(
+        "-c",
         "import sys, zfcore; lazy = 'torch' not in sys.modules;"
-        "import zfcore.ops, torch; print(lazy, torch.cuda.is_initialized())"
+        "import zfcore.ops, torch; print(lazy, torch.cuda.is_initialized())",
     )
     assert out.split() == ["True", "False"]
 
@@ -42,9 +47,7 @@ def test_run_time_dependencies_are_the_documented_ones():
 
 
 def test_the_environment_report():
-    out = subprocess.run(
-        [sys.executable, "-m", "zfcore.env"], check=True, capture_output=True, text=True
-    ).stdout
+    out = run("-m", "zfcore.env")
     assert f"zfcore      {zfcore.__version__}" in out
     assert torch.__version__.split("+")[0] in out
     assert f"in use {_C.cpu_isa()}" in out
@@ -61,7 +64,8 @@ def test_one_openmp_runtime_is_loaded():
         pytest.skip("reads /proc/self/maps of an OpenMP build, so Linux only")
     for first, second in (("torch", "zfcore._C"), ("zfcore._C", "torch")):
         out = run(
+            "-c",
             f"import {first}, {second};"
-            "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l}))"
+            "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l}))",
         )
         assert out.strip() == "1"
