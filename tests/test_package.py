@@ -52,7 +52,7 @@ def test_the_environment_report():
     assert torch.__version__.split("+")[0] in out
     assert f"in use {_C.cpu_isa()}" in out
     for name, status in zfcore.backends().items():
-        line = next(line for line in out.splitlines() if line.strip().startswith(name + " "))
+        line = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
         assert "available" in line if status.available else status.reason in line
 
 
