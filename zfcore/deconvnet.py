@@ -1,8 +1,9 @@
 """The deconvnet: projects a unit's activation back to pixels.
 
-One clean forward per image batch, only to the layer asked for, keeps the switches of its pools. The way down is then
-batched over seeds, a seed being one (image, unit, position). All seeds of a layer see fields of one size, so the signal
-is carried as patches, one a seed, as long as a patch is smaller than its map, and as whole maps from there on.
+One clean forward per image batch, only to the layer asked for, keeps the switches of its pools. The way down
+is then batched over seeds, a seed being one (image, unit, position). All seeds of a layer see fields of one
+size, so the signal is carried as patches, one a seed, as long as a patch is smaller than its map, and as
+whole maps from there on.
 
 Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 """
@@ -21,7 +22,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from zfcore.errors import ArgumentError, DtypeError, LayerNotFound, ShapeError, UnitNotFound, UnsupportedOperation
+from zfcore.errors import (
+    ArgumentError,
+    DtypeError,
+    LayerNotFound,
+    ShapeError,
+    UnitNotFound,
+    UnsupportedOperation,
+)
 from zfcore.network import (
     Field,
     Network,
@@ -47,7 +55,9 @@ FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the w
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Projection:
-    """Units projected to pixels. From `deconv_project` the leading axes are (N, U); from `iter_projections` one, (B,).
+    """Units projected to pixels.
+
+    The leading axes are (N, U) from `deconv_project`, and one, (B,), from `iter_projections`.
 
     pixels:      [N, U, C, H, W], or [N, U, C, h, w] with crop=True: what the unit saw, in the model's dtype.
     boxes:       [N, U, 4] int64, (y0, x0, y1, x1): the receptive field in the image; may reach past its edge.
@@ -94,31 +104,38 @@ def deconv_project(
 ) -> Projection:
     """Project units of a layer back to pixels, as the deconvnet does.
 
-    From the seed, every layer below is undone: pools by their switches, the ReLU family by rectifying what comes down,
-    convolutions by their transposed filters, batch normalisation by its scale; contrast normalisation is passed over
-    and no bias takes part. Nothing is rectified after the last transposed convolution.
+    From the seed, every layer below is undone: pools by their switches, the ReLU family by rectifying what
+    comes down, convolutions by their transposed filters, batch normalisation by its scale; contrast
+    normalisation is passed over and no bias takes part. Nothing is rectified after the last transposed
+    convolution.
 
     Args:
         model: takes [N, C, H, W] images. In eval mode for the call, and given back as it was.
-        images: [N, C, H, W] or [C, H, W] float, any dtype, device and layout; brought to the model's dtype and device.
-        layer: a module, or its dotted name; of a module called several times the last call, "name@i" for another.
+        images: [N, C, H, W] or [C, H, W] float, any dtype, device and layout; brought to the model's dtype
+            and device.
+        layer: a module, or its dotted name; of a module called several times the last call, "name@i" for
+            another.
         units: the feature maps (or features) to project: an int, a sequence, or None for all.
-        positions: "max", where each unit is strongest in each image (NaN is passed over, the first of equals is taken);
-            "all", the unit's whole map at once; or an int tensor [N, U, 2] of (row, column).
-        rule: what the ReLU family does to the signal g that comes down, z being its input on the way up: "deconvnet"
-            max(g, 0); "guided" max(g, 0) * [z > 0]; "gradient" g * [z > 0].
+        positions: "max", where each unit is strongest in each image (NaN is passed over, the first of equals
+            is taken); "all", the unit's whole map at once; or an int tensor [N, U, 2] of (row, column).
+        rule: what the ReLU family does to the signal g that comes down, z being its input on the way up:
+            "deconvnet" max(g, 0); "guided" max(g, 0) * [z > 0]; "gradient" g * [z > 0].
         seed: "activation", the unit's own value; or "one".
-        overlap: what overlapping pooling windows do where they name one place: "sum", or "last" in raster order.
-        crop: return the receptive field only. Networks on the dense path have no geometry: the field is the image.
+        overlap: what overlapping pooling windows do where they name one place: "sum", or "last" in raster
+            order.
+        crop: return the receptive field only. Networks on the dense path have no geometry: the field is the
+            image.
         batch_size: seeds worked at once. None picks it so that their signals take about 256 MB.
-        strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense path.
+        strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense
+            path.
         progress: draw a bar that counts projections.
 
     Returns:
         A Projection.
 
     Raises:
-        ArgumentError, DtypeError, ShapeError: an argument is wrong; the message names it and says what was expected.
+        ArgumentError, DtypeError, ShapeError: an argument is wrong; the message names it and says what was
+            expected.
         LayerNotFound, UnitNotFound: no such layer, unit or position.
         UnsupportedOperation: with strict=True, names the operation that keeps the network from the engine.
 
@@ -148,15 +165,24 @@ def iter_projections(
 ) -> Iterator[Projection]:
     """`deconv_project` for jobs: yields the projections batch by batch, so that memory stays bounded.
 
-    Takes the arguments of `deconv_project`. Each Projection holds at most `batch_size` projections along one leading
-    axis, image by image and in the order of `units`; its `images` and `units` say which they are. Arguments are checked
-    at the call. The model is in eval mode while a batch is worked at, and as it was while the caller has one.
+    Takes the arguments of `deconv_project`. Each Projection holds at most `batch_size` projections along one
+    leading axis, image by image and in the order of `units`; its `images` and `units` say which they are.
+    Arguments are checked at the call. The model is in eval mode while a batch is worked at, and as it was
+    while the caller has one.
     """
     defaults = dict(
-        positions="max", rule="deconvnet", seed="activation", overlap="sum", crop=False, batch_size=None, strict=False
+        positions="max",
+        rule="deconvnet",
+        seed="activation",
+        overlap="sum",
+        crop=False,
+        batch_size=None,
+        strict=False,
     )
     if unknown := set(options) - set(defaults):
-        raise ArgumentError(f"{', '.join(sorted(unknown))}: expected options among {', '.join(defaults)}, progress")
+        raise ArgumentError(
+            f"{', '.join(sorted(unknown))}: expected options among {', '.join(defaults)}, progress"
+        )
     job = _Job(model, images, layer, units, **{**defaults, **options})
 
     def batches():
@@ -168,7 +194,7 @@ def iter_projections(
     return batches()
 
 
-# ---- Arguments ---------------------------------------------------------------------------------------------------
+# ---- Arguments ---------------------------------------------------------------------------------------------
 
 
 def _choice(name: str, value, choices: tuple[str, ...]) -> str:
@@ -199,7 +225,7 @@ def _as_unwrapped(layer, model: nn.Module):
 
 
 def _placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that the model computes in: those of its first floating-point parameter or buffer."""
+    """Where and in what the model computes: as its first floating-point parameter or buffer is."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if torch.nn.parameter.is_lazy(value):
             raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
@@ -212,11 +238,15 @@ def _check_images(images: Tensor) -> Tensor:
     if not isinstance(images, Tensor):
         raise DtypeError(f"images={type(images).__name__}: expected a float tensor [N, C, H, W] or [C, H, W]")
     if not images.is_floating_point():
-        raise DtypeError(f"images of dtype {images.dtype}: expected a float tensor, scaled as the model was trained")
+        raise DtypeError(
+            f"images of dtype {images.dtype}: expected a float tensor, scaled as the model was trained"
+        )
     if images.dim() == 3:
         images = images.unsqueeze(0)
     if images.dim() != 4 or 0 in images.shape[1:]:
-        raise ShapeError(f"images of shape {tuple(images.shape)}: expected [N, C, H, W] or [C, H, W], none of them 0")
+        raise ShapeError(
+            f"images of shape {tuple(images.shape)}: expected [N, C, H, W] or [C, H, W], none of them 0"
+        )
     return images
 
 
@@ -263,7 +293,9 @@ class _Job:
         self.path = "dense" if self.reason else "engine"
         shape = self.runner.layer_shape
         if len(shape) not in (1, 3):
-            raise ShapeError(f"layer={self.layer!r} gives {shape} an image: expected a map (C, H, W) or features (F,)")
+            raise ShapeError(
+                f"layer={self.layer!r} gives {shape} an image: expected a map (C, H, W) or features (F,)"
+            )
         self.map_size = shape[1:] or (1, 1)
         self.units = self.check_units(units, shape[0])
         self.positions = self.check_positions(positions)
@@ -282,12 +314,16 @@ class _Job:
                 raise TypeError("a bool is no unit")
             units = [operator.index(u) for u in units]
         except TypeError as error:
-            raise DtypeError(f"units={given!r}: expected an int, a sequence of ints, or None for all") from error
+            raise DtypeError(
+                f"units={given!r}: expected an int, a sequence of ints, or None for all"
+            ) from error
         if not units:
             raise ArgumentError("units=[]: expected at least one unit, or None for all")
         for unit in units:
             if not 0 <= unit < count:
-                raise UnitNotFound(f"units: {unit} is not a unit of layer {self.layer!r}, which has 0 to {count - 1}")
+                raise UnitNotFound(
+                    f"units: {unit} is not a unit of layer {self.layer!r}, which has 0 to {count - 1}"
+                )
         return torch.tensor(units, device="cpu")
 
     def check_positions(self, positions) -> str | Tensor:
@@ -297,21 +333,29 @@ class _Job:
             raise DtypeError(f"positions={positions!r}: expected 'max', 'all' or an int tensor [N, U, 2]")
         expected = (len(self.images), len(self.units), 2)
         if tuple(positions.shape) != expected:
-            raise ShapeError(f"positions of shape {tuple(positions.shape)}: expected [N, U, 2] = {list(expected)}")
+            raise ShapeError(
+                f"positions of shape {tuple(positions.shape)}: expected [N, U, 2] = {list(expected)}"
+            )
         positions = positions.detach().cpu().long()
         size = torch.tensor(self.map_size, device="cpu")
         outside = ((positions < 0) | (positions >= size)).any(-1)
         if outside.any():
             row, column = positions[outside][0].tolist()
             raise UnitNotFound(
-                f"positions: ({row}, {column}) is outside the map of layer {self.layer!r}, {tuple(self.map_size)}"
+                f"positions: ({row}, {column}) is outside the map of layer {self.layer!r}, "
+                f"{tuple(self.map_size)}"
             )
         return positions
 
     @contextlib.contextmanager
     def working(self):
         """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
-        with torch.inference_mode(False), evaluating(self.model), exact_arithmetic(self.device), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            evaluating(self.model),
+            exact_arithmetic(self.device),
+            torch.no_grad(),
+        ):
             yield
 
     def run(self) -> Iterator[dict[str, Tensor]]:
@@ -342,7 +386,9 @@ class _Job:
     def locate(
         self, activations: Tensor, begin: int, units: range | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeds of images [begin, begin + n): positions [n, U, 2] (on the CPU), values [n, U], and what they report.
+        """The seeds of images [begin, begin + n).
+
+        Returns positions [n, U, 2] (on the CPU), values [n, U], and the activations that they report [n, U].
 
         activations: [n, U, H, W] of the chosen units, or of `units` among these by place.
         """
@@ -358,7 +404,8 @@ class _Job:
             nan = flat.isnan()
             index = torch.where(nan, torch.full_like(flat, -torch.inf), flat).argmax(-1, keepdim=True)
             # Among nothing but NaN and -inf the first -inf is the strongest.
-            index = torch.where(nan.gather(-1, index), (~nan).byte().argmax(-1, keepdim=True), index).squeeze(-1)
+            present = (~nan).byte().argmax(-1, keepdim=True)
+            index = torch.where(nan.gather(-1, index), present, index).squeeze(-1)
             place = index.cpu()
             positions = torch.stack((place // w, place % w), -1)
         values = flat.gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -369,11 +416,14 @@ class _Job:
         return torch.ones_like(activations) if self.seed == "one" else activations
 
 
-# ---- The engine --------------------------------------------------------------------------------------------------
+# ---- The engine --------------------------------------------------------------------------------------------
 
 
 def _cut(maps: Tensor, which: Tensor, origin: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows of `size` at `origin` [B, 2] out of maps[which]: [B, C, h, w], channels last; zeros outside the maps."""
+    """Windows of `size` at `origin` [B, 2] out of maps[which]: [B, C, h, w], channels last.
+
+    Zeros where a window reaches past its map.
+    """
     height, width = maps.shape[-2:]
     y = origin[:, :1] + torch.arange(size[0], device=origin.device)  # [B, h]
     x = origin[:, 1:] + torch.arange(size[1], device=origin.device)  # [B, w]
@@ -491,7 +541,9 @@ class _Engine:
         if self.job.overlap == "last":
             w = stage.window
             ones = torch.ones((len(switches), *stage.inputs[0].shape), device=switches.device)
-            winners = pool_gather2d(ones, switches, w.kernel, w.stride, w.padding, w.dilation, overlap="last") > 0
+            winners = (
+                pool_gather2d(ones, switches, w.kernel, w.stride, w.padding, w.dilation, overlap="last") > 0
+            )
         return switches.contiguous(memory_format=torch.channels_last), winners
 
     # -- the way down
@@ -565,7 +617,7 @@ class _Engine:
         return signal
 
     def start(self, seeds: _Seeds, kept: dict, maps: Tensor | None, signals: dict) -> None:
-        """Puts the seeds into the layer, and takes them down to the first convolution while they are one number each."""
+        """Puts the seeds into the layer, and takes them down while they are one number each."""
         stage, value = self.network.layer, seeds.value
         if self.patch[stage] is None:  # features, a unit's whole map, or a layer that needs whole maps
             signal = value.new_zeros((len(seeds), *stage.shape))
@@ -578,7 +630,9 @@ class _Engine:
                 signal[rows, seeds.unit] = value
             signals[stage] = signal
             return
-        while stage.kind in ("relu", "identity", "lrn", "batch_norm", "scale") and self.patch[stage.inputs[0]]:
+        while (
+            stage.kind in ("relu", "identity", "lrn", "batch_norm", "scale") and self.patch[stage.inputs[0]]
+        ):
             if stage.kind == "relu":
                 rectifier = stage.options["rectifier"]
                 if self.job.rule != "gradient":
@@ -588,10 +642,14 @@ class _Engine:
                     value = _times(value, slope)
             elif stage.kind in ("batch_norm", "scale"):
                 scale = _scale(stage)
-                value = value * (scale[seeds.unit, 0, 0].to(value.dtype) if isinstance(scale, Tensor) else scale)
+                value = value * (
+                    scale[seeds.unit, 0, 0].to(value.dtype) if isinstance(scale, Tensor) else scale
+                )
             stage = stage.inputs[0]
         if stage.kind == "conv" and self.patch[stage.inputs[0]]:
-            signals[stage.inputs[0]] = self.clip(stage.inputs[0], self.first_filters(stage, seeds.unit, value), seeds)
+            signals[stage.inputs[0]] = self.clip(
+                stage.inputs[0], self.first_filters(stage, seeds.unit, value), seeds
+            )
             return
         signal = value.new_zeros((len(seeds), stage.shape[0], 1, 1))
         signal[torch.arange(len(seeds), device=value.device), seeds.unit] = value[:, None, None]
@@ -617,7 +675,7 @@ class _Engine:
         return filters
 
     def clip(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
-        """Drops what a patch brought to places outside its map: the padding, which is no unit of the layer."""
+        """Drops what a patch brought to places outside its map, which are no units of the layer."""
         field = self.patch[stage]
         low, high = seeds.origin_range(field)
         height, width = stage.shape[-2:]
@@ -636,7 +694,10 @@ class _Engine:
         return _cut(signal, everything, -seeds.origin(self.patch[stage]), stage.shape[-2:])
 
     def send(self, target: Stage, signal: Tensor, field: Field | None, seeds: _Seeds, signals: dict) -> None:
-        """Adds what came down on one way to the target's signal. field: the patch that `signal` is, or None."""
+        """Adds what came down on one way to the target's signal.
+
+        field: the patch that `signal` is, or None.
+        """
         own = self.patch[target]
         if field is not None and own is None:
             everything = torch.arange(len(seeds), device=signal.device)
@@ -684,7 +745,9 @@ class _Engine:
                 signal = stage.options["rectifier"].rectify(signal)
             if job.rule != "deconvnet":
                 slope = kept[stage]
-                slope = _cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
+                slope = (
+                    _cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
+                )
                 signal = _times(signal, slope)
         elif stage.kind == "avg_pool":
             share = kept.get(stage, stage.options["share"])
@@ -714,7 +777,10 @@ class _Engine:
         return conv if len(kinds) == 1 and even else None
 
     def switches(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Tensor]:
-        """The signal and the switches of each seed; with overlap="last", what later windows overwrite is dropped."""
+        """The signal and the switches of each seed.
+
+        With overlap="last", what later windows overwrite is dropped from the signal.
+        """
         field = self.patch[pool]
         switches, winners = kept[pool]
         if field is None:
@@ -730,11 +796,15 @@ class _Engine:
         field, w = self.patch[pool], pool.window
         signal, switches = self.switches(pool, signal, seeds, kept)
         if field is None:
-            return unpool2d(signal, switches, w.kernel, w.stride, w.padding, w.dilation, pool.inputs[0].shape[1:])
+            return unpool2d(
+                signal, switches, w.kernel, w.stride, w.padding, w.dilation, pool.inputs[0].shape[1:]
+            )
         # In a patch no window is clipped: the patch holds all that its windows can name.
         return unpool2d(signal, switches, w.kernel, w.stride, 0, w.dilation, field.through(w).size)
 
-    def step(self, pool: Stage, conv: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Field | None]:
+    def step(
+        self, pool: Stage, conv: Stage, signal: Tensor, seeds: _Seeds, kept: dict
+    ) -> tuple[Tensor, Field | None]:
         """pool <- ReLU <- conv, as one op that never makes the unpooled map."""
         field, w, c = self.patch[pool], pool.window, conv.window
         signal, switches = self.switches(pool, signal, seeds, kept)
@@ -796,7 +866,7 @@ def _vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> li
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
 
 
-# ---- The dense path ----------------------------------------------------------------------------------------------
+# ---- The dense path ----------------------------------------------------------------------------------------
 
 
 class _Rectify(torch.autograd.Function):
@@ -846,7 +916,7 @@ class _PoolLast(torch.autograd.Function):
     def backward(ctx, g):
         w = ctx.window
         return (
-            unpool2d(g, ctx.saved_tensors[0], w.kernel, w.stride, w.padding, w.dilation, ctx.size, overlap="last"),
+            unpool2d(g, *ctx.saved_tensors, w.kernel, w.stride, w.padding, w.dilation, ctx.size, "last"),
             None, None,
         )  # fmt: skip
 
@@ -876,12 +946,16 @@ class _Rules(TorchFunctionMode):
 
     @staticmethod
     def pool(function, args, kwargs):
-        """A pool whose way down keeps the last; with the indices or switches where the function returns them."""
+        """A pool whose way down keeps the last, and the indices or switches that the function returns."""
         plain = {name: value for name, value in kwargs.items() if name != "return_indices"}
         stage, _ = rule_of_call(F.max_pool2d, args, plain)
         if stage is None:
-            raise ArgumentError("overlap='last': expected windows of at most 255 taps; the model's are larger")
-        pooled = _PoolLast.apply(args[0] if args else kwargs["input"], stage.window, stage.options["ceil_mode"])
+            raise ArgumentError(
+                "overlap='last': expected windows of at most 255 taps; the model's are larger"
+            )
+        pooled = _PoolLast.apply(
+            args[0] if args else kwargs["input"], stage.window, stage.options["ceil_mode"]
+        )
         return pooled if function in _PLAIN_POOLS else (pooled, function(*args, **kwargs)[1])
 
 
@@ -890,7 +964,10 @@ _POOLS = (*_PLAIN_POOLS, F.max_pool2d_with_indices, max_pool2d_with_switches)
 
 
 class _Dense:
-    """Whole maps and autograd: for networks that cannot be read. The layer's output comes from a hook on it alone."""
+    """Whole maps and autograd: for networks that cannot be read.
+
+    The layer's output comes from a hook on it alone.
+    """
 
     def __init__(self, job: _Job, name: str, call: int | None):
         self.job, self.call = job, call
@@ -898,7 +975,8 @@ class _Dense:
         for path, module in job.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise UnsupportedOperation(
-                    f"'{path or type(job.model).__name__}' is a TorchScript module, whose operations cannot be seen; "
+                    f"'{path or type(job.model).__name__}' is a TorchScript module, whose operations cannot "
+                    "be seen; "
                     "expected a model of Python modules"
                 )
         self.module = job.model.get_submodule(name)
@@ -943,7 +1021,8 @@ class _Dense:
             raise ShapeError(f"layer={name!r} returns {what}: expected a tensor [N, C, H, W] or [N, F]")
         if not output.requires_grad:
             raise UnsupportedOperation(
-                f"layer={name!r}: its output is cut off from the images; expected a model without no_grad() and detach()"
+                f"layer={name!r}: its output is cut off from the images; expected a model without no_grad() "
+                "and detach()"
             )
         return leaf, output
 
@@ -970,7 +1049,9 @@ class _Dense:
         job = self.job
         leaf, output = self.up(job.images[begin:end])
         if output.shape[0] != end - begin:
-            raise ShapeError(f"layer={job.layer!r} returns {tuple(output.shape)}: expected {end - begin} images first")
+            raise ShapeError(
+                f"layer={job.layer!r} returns {tuple(output.shape)}: expected {end - begin} images first"
+            )
         maps = output.detach()
         maps = maps[:, :, None, None] if maps.dim() == 2 else maps
         ids = job.units[units.start : units.stop]

@@ -1,4 +1,6 @@
-"""Small networks with every trait that the reader and the deconvnet must get right, with weights that make maps vary."""
+"""Small networks with every trait that the reader and the deconvnet must get right, with weights that make
+maps vary.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def vgg():
 
 
 class AlexNet(nn.Module):
-    """All functional: odd sizes, ceil_mode, LRN, grouped and dilated convs, nothing square; images 3 x 67 x 75."""
+    """All functional: odd sizes, ceil_mode, LRN, grouped and dilated convs, nothing square; images 3 x 67 x
+    75.
+    """
 
     def __init__(self):
         super().__init__()
@@ -115,9 +119,7 @@ class Inception(nn.Module):
         self.five = nn.Sequential(
             nn.Conv2d(c, 3, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Conv2d(3, 4, (5, 1), padding=(2, 0))
         )
-        self.pool = nn.Sequential(
-            nn.AvgPool2d(3, 1, 1, count_include_pad=include_pad), nn.Conv2d(c, 4, 1)
-        )
+        self.pool = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=include_pad), nn.Conv2d(c, 4, 1))
 
     def forward(self, x):
         return F.relu(torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1))
@@ -250,10 +252,13 @@ def randomise(model):
 
 # name: (factory, image shape, layers to project)
 NETWORKS = {
-    "vgg": (vgg, (3, 32, 32), ["0.0", "0.1", "0.2", "0.4", "0.5", "0.7", "0.9", "0.10", "0.12", "0", "2", "3", "5"]),
+    "vgg": (
+        vgg, (3, 32, 32),
+        ["0.0", "0.1", "0.2", "0.4", "0.5", "0.7", "0.9", "0.10", "0.12", "0", "2", "3", "5"]),
     "alexnet": (
         AlexNet, (3, 67, 75),
-        ["conv1", "relu1", "norm1", "pool1", "conv2", "relu2", "pool2", "conv3", "conv4", "relu4", "pool4", "fc5", "fc6"],
+        ["conv1", "relu1", "norm1", "pool1", "conv2", "relu2", "pool2", "conv3", "conv4", "relu4", "pool4",
+        "fc5", "fc6"],
     ),
     "resnet": (
         ResNet, (3, 49, 45),
@@ -262,7 +267,8 @@ NETWORKS = {
     ),
     "googlenet": (
         GoogLeNet, (3, 41, 35),
-        ["stem", "a.one", "a.five", "a.pool", "a", "reduce_conv", "reduce_pool", "joined", "b.three.2", "b.pool", "b", "fc"],
+        ["stem", "a.one", "a.five", "a.pool", "a", "reduce_conv", "reduce_pool", "joined", "b.three.2",
+        "b.pool", "b", "fc"],
     ),
     "mobilenet": (
         MobileNet, (3, 37, 43),

@@ -1,4 +1,5 @@
-"""A deconvnet in float64 that shares no code with zfcore: autograd over whole maps, every rule its own function.
+"""A deconvnet in float64 that shares no code with zfcore: autograd over whole maps, every rule its own
+function.
 
 Max-pooling is written out with unfold, so that switches, overlap and borders are worked out here once more.
 """
@@ -149,7 +150,9 @@ def project(
     outputs = []
     handle = module.register_forward_hook(lambda m, a, out: outputs.append(out.clone()))
     x = images.detach().double().clone().requires_grad_()
-    copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)  # in-place ReLUs overwrite
+    copies = torch.autograd.graph.saved_tensors_hooks(
+        torch.clone, lambda saved: saved
+    )  # in-place ReLUs overwrite
     with torch.enable_grad(), copies, _Deconvnet(rule, overlap):
         model(x.clone())
     handle.remove()

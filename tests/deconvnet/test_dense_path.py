@@ -1,4 +1,6 @@
-"""Networks that no tracer can follow, and every way to write a ReLU, by autograd with the rules on each operation."""
+"""Networks that no tracer can follow, and every way to write a ReLU, by autograd with the rules on each
+operation.
+"""
 
 from __future__ import annotations
 
@@ -79,9 +81,13 @@ def test_dense_batches_equal_single_images(batch_size):
         one = zfcore.deconv_project(model, images[3], "net.layer2.0", positions=at)
         close(many.pixels[3], one.pixels[0].double(), torch.float32)
         assert torch.equal(many.positions[3], one.positions[0]) and many.units[3].tolist() == list(range(12))
-    parts = list(zfcore.iter_projections(model, images, "net.layer2.0", positions=positions, batch_size=batch_size))
+    parts = list(
+        zfcore.iter_projections(model, images, "net.layer2.0", positions=positions, batch_size=batch_size)
+    )
     assert max(len(part.pixels) for part in parts) <= (batch_size or 48)
-    close(torch.cat([part.pixels for part in parts]).unflatten(0, (4, 12)), many.pixels.double(), torch.float32)
+    close(
+        torch.cat([part.pixels for part in parts]).unflatten(0, (4, 12)), many.pixels.double(), torch.float32
+    )
 
 
 def test_a_model_without_gradient_is_refused():

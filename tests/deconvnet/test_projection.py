@@ -1,4 +1,6 @@
-"""deconv_project against the oracle to the precision of float64, at every border, and where values are not numbers."""
+"""deconv_project against the oracle to the precision of float64, at every border, and where values are not
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from zfcore.models import ZFNet
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 LAYERS = [(name, layer) for name, (_, _, layers) in NETWORKS.items() for layer in layers]
-DEEP = [("vgg", "0.12"), ("alexnet", "conv4"), ("alexnet", "pool4"), ("resnet", "layer2.0"), ("googlenet", "a"),
-        ("googlenet", "b.pool"), ("mobilenet", "bn"), ("overlapping", "conv3"), ("overlapping", "pool3")]  # fmt: skip
+DEEP = [("vgg", "0.12"), ("alexnet", "conv4"), ("alexnet", "pool4"), ("resnet", "layer2.0"), ("googlenet",
+"a"),
+        ("googlenet", "b.pool"), ("mobilenet", "bn"), ("overlapping", "conv3"),
+        ("overlapping", "pool3")]  # fmt: skip
 
 
 def close(ours, wanted, dtype):

@@ -80,15 +80,17 @@ OPERATIONS = {
     "adaptive": (lambda m, x: F.adaptive_avg_pool2d(x, (3, 5)), "map"),
     "adaptive that divides": (lambda m, x: F.adaptive_avg_pool2d(x, (5, None)), "avg_pool"),
     "adaptive max": (lambda m, x: F.adaptive_max_pool2d(x, 3), "map"),
-    "conv": (lambda m, x: F.conv2d(x, m.conv.weight[:, :1], stride=(2, 1), padding="valid", groups=4), "conv"),
+    "conv": (lambda m, x: F.conv2d(x, m.conv.weight[:, :1], None, (2, 1), "valid", groups=4), "conv"),
     "batch norm": (
-        lambda m, x: F.batch_norm(x, torch.ones(4), torch.full((4,), 2.0), torch.tensor([1.0, -2, 3, 0]), None), "batch_norm"),
+        lambda m, x: F.batch_norm(x, torch.ones(4), torch.full((4,), 2.0), torch.tensor([1.0, -2, 3, 0])),
+        "batch_norm"),
     "lrn": (lambda m, x: F.local_response_norm(x, 3), "lrn"),
     "dropout": (lambda m, x: F.dropout(x, 0.3, m.training) * 2, "scale"),
     "add": (lambda m, x: x + x.relu(), "relu", "add"),
     "add a number": (lambda m, x: 2 + x - 0.5, "scale", "scale"),
     "number minus": (lambda m, x: 1 - x, "scale"),
-    "normalise": (lambda m, x: (x - torch.arange(4.0).view(1, 4, 1, 1)) / torch.full((4, 1, 1), 3.0), "scale", "scale"),
+    "normalise": (
+        lambda m, x: (x - torch.arange(4.0).view(1, 4, 1, 1)) / torch.full((4, 1, 1), 3.0), "scale", "scale"),
     "divide by": (lambda m, x: 2 / (x * x + 1), "map", "scale", "map"),
     "neg": (lambda m, x: -x, "scale"),
     "mul": (lambda m, x: x * torch.sigmoid(x), "map", "map"),
@@ -105,19 +107,23 @@ OPERATIONS = {
     "view with parts": (lambda m, x: x.view(len(m.conv.weight) // 4 * x.size(0), 2, 2, *x.shape[2:]), "map"),
     "flatten nothing": (lambda m, x: torch.flatten(x.mean([2, 3]), 1), "map", "identity"),
     "mean": (lambda m, x: x.mean(dim=(-1, -2)), "map"),
-    "pick of one": (lambda m, x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0][:, :, None, None], "map", "map", "map"),
+    "pick of one": (
+        lambda m, x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0][:, :, None, None], "map", "map", "map"),
     "squeeze": (lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(-1), "map", "map", "map"),
     "expand": (lambda m, x: x * x.mean((2, 3)).view(-1, 4, 1, 1).expand_as(x), "map", "map", "map", "map"),
     "slices": (lambda m, x: x[:, 1:3, ..., ::2] + x[:, -2:, :, 1::2], "map", "map", "add"),
     "row": (lambda m, x: x[:, :, 3], "map"),
-    "shuffle": (lambda m, x: _shuffled(torch.cat(x.chunk(2, dim=1)[::-1], 1)), "map", "map", "cat", "map", "map", "map"),
+    "shuffle": (
+        lambda m, x: _shuffled(torch.cat(x.chunk(2, dim=1)[::-1], 1)),
+        "map", "map", "cat", "map", "map", "map"),
     "split": (lambda m, x: torch.split(x, [1, 3], 1)[1] * 2, "map", "scale"),
     "wrapped function": (lambda m, x: wrapped(x, training=m.training), "relu"),
     "permute": (lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 2), "map", "map"),
     "softmax": (lambda m, x: F.softmax(x, dim=1), "map"),
     "log softmax": (lambda m, x: torch.log_softmax(x.flatten(1), 1), "map", "map"),
     "control flow on sizes": (lambda m, x: F.relu(x) if x.shape[-1] > 10 and x.dim() == 4 else x, "relu"),
-    "asks what it gets": (lambda m, x: F.relu(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else 0, "relu"),
+    "asks what it gets": (
+        lambda m, x: F.relu(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else 0, "relu"),
     "shapes alike": (lambda m, x: x + F.relu(x) if x.shape == F.relu(x).shape else x, "relu", "add"),
     "sequence": (lambda m, x: [f(x) for f in (F.relu, torch.tanh)][1], "map"),
     "contiguous": (lambda m, x: x.contiguous(memory_format=torch.channels_last), "identity"),
@@ -131,11 +137,16 @@ def test_operation(name):
 
 
 MODULES = [
-    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(0.2), nn.Hardtanh(0, 5), nn.Threshold(0, 0), nn.MaxPool2d(3, 2),
-    nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d((4, None)), nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(4),
-    nn.LocalResponseNorm(3), nn.Dropout(), nn.Dropout2d(), nn.Identity(), nn.Flatten(), nn.Flatten(2), nn.Unflatten(1, (2, 2)),
-    nn.ZeroPad2d((1, 0, 2, 1)), nn.Softmax2d(), nn.Softmax(1), nn.Sigmoid(), nn.Tanh(), nn.SiLU(inplace=True), nn.GELU("tanh"),
-    nn.ELU(0.5), nn.Softplus(), nn.Hardswish(), nn.Hardsigmoid(), nn.Mish(), nn.Conv2d(4, 8, (3, 2), padding="same", dilation=(1, 2)),
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(0.2), nn.Hardtanh(0, 5), nn.Threshold(0, 0),
+    nn.MaxPool2d(3, 2),
+    nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d((4, None)), nn.AdaptiveMaxPool2d(1),
+    nn.BatchNorm2d(4),
+    nn.LocalResponseNorm(3), nn.Dropout(), nn.Dropout2d(), nn.Identity(), nn.Flatten(), nn.Flatten(2),
+    nn.Unflatten(1, (2, 2)),
+    nn.ZeroPad2d((1, 0, 2, 1)), nn.Softmax2d(), nn.Softmax(1), nn.Sigmoid(), nn.Tanh(),
+    nn.SiLU(inplace=True), nn.GELU("tanh"),
+    nn.ELU(0.5), nn.Softplus(), nn.Hardswish(), nn.Hardsigmoid(), nn.Mish(), nn.Conv2d(4, 8, (3, 2),
+    padding="same", dilation=(1, 2)),
     nn.Conv2d(4, 6, 3, 2, (0, 1), groups=2, bias=False),
 ]  # fmt: skip
 
@@ -229,7 +240,7 @@ def test_parametrised_weights():
     reads(lambda m, x: m.part(x), "conv", part=part)
 
 
-# ---- memory that is shared ---------------------------------------------------------------------------------------
+# ---- memory that is shared ---------------------------------------------------------------------------------
 
 IN_PLACE = {
     "another name": lambda m, x: (y := x, F.relu(x, inplace=True), y * 2)[2],
@@ -286,12 +297,16 @@ def test_a_layer_is_what_it_returned_then():
     assert read_network(dropped, SHAPE, "drop").layer.kind == "relu"
 
 
-# ---- names and layers --------------------------------------------------------------------------------------------
+# ---- names and layers --------------------------------------------------------------------------------------
 
 
 def test_names():
     relu = nn.ReLU()
-    model = Code(lambda m, x: m.block(F.relu(m.relu(m.relu(x)))), relu=relu, block=nn.Sequential(nn.Conv2d(4, 2, 1), relu))
+    model = Code(
+        lambda m, x: m.block(F.relu(m.relu(m.relu(x)))),
+        relu=relu,
+        block=nn.Sequential(nn.Conv2d(4, 2, 1), relu),
+    )
     network = read_network(model.eval(), SHAPE)
     assert [stage.name for stage in network.stages] == [
         "image", "conv", "relu@0", "relu@1", ":relu", "block.0", "relu@2"
@@ -336,7 +351,7 @@ def test_resolve_layer():
     assert resolve_layer(model, model) == ("", None)
 
 
-# ---- only what leads to the layer --------------------------------------------------------------------------------
+# ---- only what leads to the layer --------------------------------------------------------------------------
 
 
 def test_what_is_not_needed_need_not_be_read():
@@ -355,7 +370,9 @@ def test_layers_before_control_flow():
     image = torch.randn(1, *SHAPE)
     model.again = False
     assert read_network(model, SHAPE, "relu@0").layer.kind == "relu"
-    assert read_network(model, SHAPE, "relu", image).layer.kind == "relu"  # the model was run to count the calls
+    assert (
+        read_network(model, SHAPE, "relu", image).layer.kind == "relu"
+    )  # the model was run to count the calls
     for layer, example in (("relu", None), ("head", image), (None, image)):
         with pytest.raises(UnsupportedOperation, match="control flow"):
             read_network(model, SHAPE, layer, example)
@@ -366,13 +383,19 @@ def test_layers_before_control_flow():
 
 
 def test_images_that_fit_up_to_the_layer():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 5), nn.Flatten(), nn.Linear(99, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 5), nn.Flatten(), nn.Linear(99, 2)
+    )
     assert read_network(model, SHAPE, "2").layer.shape == (4, 5, 7)
-    with pytest.raises(ShapeError, match=r"'4' \(Linear\): images: they give this layer 140 features; it takes 99"):
+    with pytest.raises(
+        ShapeError, match=r"'4' \(Linear\): images: they give this layer 140 features; it takes 99"
+    ):
         read_network(model, SHAPE)
     with pytest.raises(ShapeError, match=r"'2' \(Conv2d\): images: their map of \(3, 3\)"):
         read_network(model, (3, 8, 8), "2")
-    with pytest.raises(ShapeError, match=r"'0' \(Conv2d\): images: they give this layer 1 channels; it takes 3"):
+    with pytest.raises(
+        ShapeError, match=r"'0' \(Conv2d\): images: they give this layer 1 channels; it takes 3"
+    ):
         read_network(model, (1, 20, 24), "0")
     with pytest.raises(ShapeError, match=r"'1' \(MaxPool2d\): images: their map of \(1, 1\)"):
         read_network(model, (3, 3, 3), "1")
@@ -391,7 +414,7 @@ def test_optional_arguments_keep_their_defaults():
     assert [stage.kind for stage in read_network(Optional(), SHAPE).stages] == ["input", "conv", "scale"]
 
 
-# ---- hooks and what else changes a module ------------------------------------------------------------------------
+# ---- hooks and what else changes a module ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ("conv", "block", "block.0"))
@@ -493,11 +516,13 @@ def test_threads_read_and_run_at_once():
     assert not errors
 
 
-# ---- geometry ----------------------------------------------------------------------------------------------------
+# ---- geometry ----------------------------------------------------------------------------------------------
 
 
 def field_by_gradient(model, shape, place):
-    """(y0, x0, y1, x1) of the pixels that reach one place of the output, weights and pixels being positive."""
+    """(y0, x0, y1, x1) of the pixels that reach one place of the output, weights and pixels being
+    positive.
+    """
     x = torch.zeros(1, *shape, dtype=torch.float64).requires_grad_()
     y = model(x)[0, :, place[0], place[1]].sum()
     (g,) = torch.autograd.grad(y, x)
@@ -552,7 +577,7 @@ def test_no_field_where_everything_is_seen():
     assert model is not None and network.layer.field is None
 
 
-# ---- eval mode ---------------------------------------------------------------------------------------------------
+# ---- eval mode ---------------------------------------------------------------------------------------------
 
 
 def test_evaluating_restores_every_module():

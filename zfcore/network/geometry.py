@@ -1,8 +1,8 @@
 """Receptive-field arithmetic: where in the picture, or in any earlier map, a position of a later map looks.
 
-Along an axis a position ``p`` of a map sees ``[p * jump + offset, p * jump + offset + size)`` of the picture. One
-layer with kernel k, stride s, padding p and dilation d takes a field (size, jump, offset) of its output, in its own
-input, one layer down:
+Along an axis a position ``p`` of a map sees ``[p * jump + offset, p * jump + offset + size)`` of the picture.
+One layer with kernel k, stride s, padding p and dilation d takes a field (size, jump, offset) of its output,
+in its own input, one layer down:
 
     size' = (size - 1) * s + d * (k - 1) + 1        jump' = jump * s        offset' = offset * s - p
 """
@@ -15,7 +15,10 @@ Pair = tuple[int, int]
 
 
 class Window(NamedTuple):
-    """A sliding window, rows then columns. ``padding`` is what lies above and left; what lies below may differ."""
+    """A sliding window, rows then columns.
+
+    ``padding`` is what lies above and left; what lies below may differ.
+    """
 
     kernel: Pair
     stride: Pair
@@ -41,7 +44,7 @@ class Field(NamedTuple):
         return Field(tuple(size), tuple(jump), tuple(offset))
 
     def above(self, window: Window) -> Field:
-        """The field of one more layer: what a position of its output sees of the map that this field is about."""
+        """The field of one more layer, in the map that this field is about."""
         size, jump, offset = [], [], []
         for axis in (0, 1):
             k, s, p, d = (value[axis] for value in window)
@@ -51,11 +54,14 @@ class Field(NamedTuple):
         return Field(tuple(size), tuple(jump), tuple(offset))
 
     def union(self, other: Field) -> Field | None:
-        """The smallest field that holds both, or None where their jumps differ, so that no box holds both everywhere."""
+        """The smallest field that holds both; None where their jumps differ: no box holds both everywhere."""
         if self.jump != other.jump:
             return None
         start = tuple(min(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        end = tuple(max(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True))
+        end = tuple(
+            max(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
+        )
         return Field(tuple(e - s for s, e in zip(start, end, strict=True)), self.jump, start)
 
 

@@ -1,4 +1,4 @@
-"""A model put into eval mode for an analysis, and given back as it was, also when several threads share it."""
+"""A model in eval mode for an analysis, and as it was afterwards, also when several threads share it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finaliser that the collector runs inside may need it too
 _holds: weakref.WeakKeyDictionary[nn.Module, _Hold] = weakref.WeakKeyDictionary()
 
 
@@ -28,9 +28,9 @@ class _Hold:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode. Each module's own mode comes back when the last call that holds it ends.
 
-    Held module by module, so that calls on a model and on a part of it do not disturb one another. Only the training
-    flags are touched, and not by ``eval()``, which a model may override with more than that: parameters, buffers,
-    gradients, hooks and random state are not.
+    Held module by module, so that calls on a model and on a part of it do not disturb one another. Only the
+    training flags are touched, and not by ``eval()``, which a model may override with more than that:
+    parameters, buffers, gradients, hooks and random state are not.
     """
     modules = list(model.modules())
     with _lock:
@@ -91,7 +91,9 @@ class _FullPrecision:
         with _lock:
             if self.users == 0:
                 self.undo.enter_context(
-                    torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
+                    torch.backends.cudnn.flags(
+                        enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False
+                    )
                 )
                 before = torch.get_float32_matmul_precision()
                 torch.set_float32_matmul_precision("highest")

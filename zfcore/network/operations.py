@@ -1,7 +1,8 @@
 """What each torch function and module is as a stage.
 
-An operation takes the arguments of the torch function that it stands for, stages in place of the maps, and returns a
-stage. What it cannot express it refuses with `Unknown`; a map that does not fit it refuses with `ShapeError`.
+An operation takes the arguments of the torch function that it stands for, stages in place of the maps, and
+returns a stage. What it cannot express it refuses with `Unknown`; a map that does not fit it refuses with
+`ShapeError`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _slid(stage: Stage, window: Window, ceil_mode: bool = False) -> tuple[int, i
     return size
 
 
-# ---- Filters -----------------------------------------------------------------------------------------------------
+# ---- Filters -----------------------------------------------------------------------------------------------
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Stage:
@@ -87,7 +88,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
     size = tuple(_sliding(n, window, axis) for axis, n in enumerate(wide))
     if min(size) < 1:
         raise ShapeError(
-            f"images: their map of {tuple(x.shape[1:])} before this layer is smaller than its filters {kernel}; "
+            f"images: their map of {tuple(x.shape[1:])} before this layer is smaller than its filters "
+            f"{kernel}; "
             "expected larger images"
         )
     return Stage(
@@ -113,7 +115,7 @@ def _whole(inputs: list[Stage], run: Callable[..., Tensor], shape: tuple[int, ..
     return Stage(kind="map", inputs=inputs, run=run, shape=tuple(shape))
 
 
-# ---- Rectifiers and other functions of each value ----------------------------------------------------------------
+# ---- Rectifiers and other functions of each value ----------------------------------------------------------
 
 
 def _rectified(input, rectifier: Rectifier) -> Stage:
@@ -187,7 +189,7 @@ def _softmax(function, input, dim, dtype) -> Stage:
     return _whole([x], lambda x: function(x, dim=dim), x.shape)
 
 
-# ---- Pools -------------------------------------------------------------------------------------------------------
+# ---- Pools -------------------------------------------------------------------------------------------------
 
 
 def max_pool2d(
@@ -210,7 +212,9 @@ def max_pool2d(
 
 
 def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
-    return max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode), Unknown("switches are read by pools only")
+    return max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode), Unknown(
+        "switches are read by pools only"
+    )
 
 
 def avg_pool2d(
@@ -251,7 +255,11 @@ def _adaptive(function, input, output_size) -> Stage:
     x = _stage(input, (3,))
     wanted = output_size if isinstance(output_size, tuple | list) else (output_size, output_size)
     size = tuple(int(w) if w is not None else n for w, n in zip(wanted, x.shape[1:], strict=True))
-    if function is F.adaptive_avg_pool2d and size != (1, 1) and not any(n % w for n, w in zip(x.shape[1:], size)):
+    if (
+        function is F.adaptive_avg_pool2d
+        and size != (1, 1)
+        and not any(n % w for n, w in zip(x.shape[1:], size))
+    ):
         kernel = tuple(n // w for n, w in zip(x.shape[1:], size, strict=True))
         return avg_pool2d(input, kernel)
     return _whole([x], lambda x: function(x, size), (x.shape[0], *size))
@@ -260,11 +268,14 @@ def _adaptive(function, input, output_size) -> Stage:
 def _window(kernel_size, stride, padding, dilation) -> Window:
     kernel = pair(kernel_size)
     return Window(
-        kernel, kernel if stride is None or stride in ((), []) else pair(stride), pair(padding), pair(dilation)
+        kernel,
+        kernel if stride is None or stride in ((), []) else pair(stride),
+        pair(padding),
+        pair(dilation),
     )
 
 
-# ---- Normalisation -----------------------------------------------------------------------------------------------
+# ---- Normalisation -----------------------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -303,7 +314,7 @@ def dropout(input, p=0.5, training=True) -> Stage:
     return _stage(input)
 
 
-# ---- Arithmetic --------------------------------------------------------------------------------------------------
+# ---- Arithmetic --------------------------------------------------------------------------------------------
 
 
 def add(input, other, *, alpha=1) -> Stage:
@@ -364,7 +375,9 @@ def _combined(function, left, right, slopes) -> Stage:
     def run(x):
         result = function(x, constant) if first else function(constant, x)
         if result.dtype != x.dtype:
-            raise ShapeError(f"a constant of {constant.dtype} turns the map from {x.dtype} into {result.dtype}")
+            raise ShapeError(
+                f"a constant of {constant.dtype} turns the map from {x.dtype} into {result.dtype}"
+            )
         return result
 
     if slope is None:
@@ -381,11 +394,14 @@ def _combined(function, left, right, slopes) -> Stage:
     return Stage(kind="scale", inputs=[x], run=run, shape=x.shape, options={"factor": slope})
 
 
-# ---- Shapes ------------------------------------------------------------------------------------------------------
+# ---- Shapes ------------------------------------------------------------------------------------------------
 
 
 class BatchSize(int):
-    """The number of images, or what follows from it. A stage serves any batch, so only sizes may depend on it."""
+    """The number of images, or what follows from it.
+
+    A stage serves any batch, so only sizes may depend on it.
+    """
 
     def _compared(self, other, compare):
         if not isinstance(other, BatchSize):
@@ -398,9 +414,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordi
     setattr(BatchSize, f"__{_name}__", lambda *values, _plain=_plain: BatchSize(_plain(*values)))
 for _name in ("lt", "le", "gt", "ge"):
     _compare = getattr(operator, _name)
-    setattr(
-        BatchSize, f"__{_name}__", lambda self, other, _compare=_compare: self._compared(other, _compare)
-    )
+    setattr(BatchSize, f"__{_name}__", lambda self, other, _compare=_compare: self._compared(other, _compare))
 
 
 class Sizes(tuple):
@@ -428,8 +442,14 @@ def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Stage]:
         try:
             result = function(torch.empty((BATCH, *x.shape), device="meta"), *args, **kwargs).shape
         except RuntimeError as error:
-            raise ShapeError(f"images: their map {tuple(x.shape)} does not take this shape: {error}") from error
-        if len(result) < 2 or result[0] != BATCH or torch.Size(result[1:]).numel() != torch.Size(x.shape).numel():
+            raise ShapeError(
+                f"images: their map {tuple(x.shape)} does not take this shape: {error}"
+            ) from error
+        if (
+            len(result) < 2
+            or result[0] != BATCH
+            or torch.Size(result[1:]).numel() != torch.Size(x.shape).numel()
+        ):
             raise Unknown("it does not keep the batch axis")
         tail = tuple(result[1:])
         if tail == x.shape:
@@ -463,11 +483,18 @@ def getitem(input, index):
         raise Unknown("it picks images")
     if not all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index):
         raise Unknown("it picks by what is no number")
-    if any(isinstance(part, BatchSize) for i in index if isinstance(i, slice) for part in (i.start, i.stop, i.step)):
+    if any(
+        isinstance(part, BatchSize)
+        for i in index
+        if isinstance(i, slice)
+        for part in (i.start, i.stop, i.step)
+    ):
         raise Unknown("it picks by the batch size")
     if all(i is None or i == everything or (isinstance(i, int) and i in (0, -1)) for i in index):
         with contextlib.suppress(Unknown):
-            return _reshaped(operator.getitem)(x, index)  # [:, :, None, None], and [:, :, 0, 0] of a 1 x 1 map
+            return _reshaped(operator.getitem)(
+                x, index
+            )  # [:, :, None, None], and [:, :, 0, 0] of a 1 x 1 map
     shape = torch.empty((BATCH, *x.shape), device="meta")[index].shape
     if 0 in shape:
         raise Unknown("it picks nothing")
@@ -487,7 +514,9 @@ def _parts(function, input, sections, dim) -> tuple[Stage, ...]:
     axis = _axis(x, dim)
     if axis == 0:
         raise Unknown("it splits the batch axis")
-    lengths = [part.shape[axis] for part in function(torch.empty((BATCH, *x.shape), device="meta"), sections, axis)]
+    lengths = [
+        part.shape[axis] for part in function(torch.empty((BATCH, *x.shape), device="meta"), sections, axis)
+    ]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
     def part(start: int, length: int) -> Stage:
@@ -548,7 +577,9 @@ def cat(tensors, dim=0) -> Stage:
         raise Unknown("it joins along the batch axis")
     shape = torch.cat([torch.empty((BATCH, *t.shape), device="meta") for t in tensors], axis).shape[1:]
     if axis == 1 and len(shape) == 3:
-        return Stage(kind="cat", inputs=list(tensors), run=lambda *maps: torch.cat(maps, 1), shape=tuple(shape))
+        return Stage(
+            kind="cat", inputs=list(tensors), run=lambda *maps: torch.cat(maps, 1), shape=tuple(shape)
+        )
     return _whole(list(tensors), lambda *maps: torch.cat(maps, axis), shape)
 
 
@@ -569,7 +600,7 @@ def pad(input, pad, mode="constant", value=None) -> Stage:
     )
 
 
-# ---- The tables --------------------------------------------------------------------------------------------------
+# ---- The tables --------------------------------------------------------------------------------------------
 
 _view, _flatten, _unsqueeze = _reshaped(Tensor.reshape), _reshaped(torch.flatten), _reshaped(torch.unsqueeze)
 _mean, _sum = _reduced(torch.mean), _reduced(torch.sum)
@@ -587,20 +618,25 @@ FUNCTIONS: dict[Callable, Callable] = {
     F.batch_norm: batch_norm, F.local_response_norm: local_response_norm,
     F.dropout: dropout, F.dropout1d: dropout, F.dropout2d: dropout, F.alpha_dropout: dropout,
     F.feature_alpha_dropout: dropout, torch.dropout: lambda input, p, train: dropout(input, p, train),
-    operator.add: add, operator.iadd: add, torch.add: add, operator.sub: sub, operator.isub: sub, torch.sub: sub,
-    torch.subtract: sub, torch.rsub: rsub, operator.mul: mul, operator.imul: mul, torch.mul: mul, torch.multiply: mul,
+    operator.add: add, operator.iadd: add, torch.add: add, operator.sub: sub, operator.isub: sub,
+    torch.sub: sub,
+    torch.subtract: sub, torch.rsub: rsub, operator.mul: mul, operator.imul: mul, torch.mul: mul,
+    torch.multiply: mul,
     operator.truediv: div, operator.itruediv: div, torch.div: div, torch.divide: div, torch.true_divide: div,
     operator.neg: neg, torch.neg: neg, operator.getitem: getitem,
     torch.flatten: _flatten, torch.reshape: _view, torch.squeeze: squeeze, torch.unsqueeze: _unsqueeze,
-    torch.permute: permute, torch.transpose: transpose, torch.mean: _mean, torch.sum: _sum, torch.amax: _reduced(torch.amax),
-    torch.split: split, torch.chunk: chunk, torch.cat: cat, torch.concat: cat, torch.concatenate: cat, F.pad: pad,
+    torch.permute: permute, torch.transpose: transpose, torch.mean: _mean, torch.sum: _sum,
+    torch.amax: _reduced(torch.amax),
+    torch.split: split, torch.chunk: chunk, torch.cat: cat, torch.concat: cat, torch.concatenate: cat,
+    F.pad: pad,
     F.softmax: softmax, F.log_softmax: log_softmax,
     torch.softmax: lambda input, dim, dtype=None: softmax(input, dim, dtype=dtype),
     torch.log_softmax: lambda input, dim, dtype=None: log_softmax(input, dim, dtype=dtype),
     torch.clone: copied,
 }  # fmt: skip
 _POINTWISE = (
-    torch.sigmoid, F.sigmoid, torch.tanh, F.tanh, F.silu, F.gelu, F.elu, F.selu, F.celu, F.softplus, F.softsign,
+    torch.sigmoid, F.sigmoid, torch.tanh, F.tanh, F.silu, F.gelu, F.elu, F.selu, F.celu, F.softplus,
+    F.softsign,
     F.hardsigmoid, F.hardswish, F.mish, F.logsigmoid, torch.exp, torch.sqrt, torch.square, torch.abs,
 )  # fmt: skip
 for _function in _POINTWISE:
@@ -609,9 +645,11 @@ for _function in _POINTWISE:
 METHODS: dict[str, Callable] = {
     "relu": relu, "relu_": relu, "clamp": clamp, "clamp_": clamp, "clip": clamp, "clip_": clamp,
     "clamp_min": clamp_min, "clamp_min_": clamp_min, "add": add, "add_": add, "sub": sub, "sub_": sub,
-    "mul": mul, "mul_": mul, "div": div, "div_": div, "neg": neg, "size": size, "dim": lambda x: len(x.shape) + 1, "is_floating_point": lambda x: True,
+    "mul": mul, "mul_": mul, "div": div, "div_": div, "neg": neg,
+    "size": size, "dim": lambda x: len(x.shape) + 1, "is_floating_point": lambda x: True,
     "view": _view, "reshape": _view, "flatten": _flatten, "squeeze": squeeze, "unsqueeze": _unsqueeze,
-    "split": split, "chunk": chunk, "permute": permute, "transpose": transpose, "expand": expand, "expand_as": expand_as,
+    "split": split, "chunk": chunk, "permute": permute, "transpose": transpose,
+    "expand": expand, "expand_as": expand_as,
     "view_as": lambda x, other: _view(x, size(other)), "reshape_as": lambda x, other: _view(x, size(other)),
     "mean": _mean, "sum": _sum, "amax": FUNCTIONS[torch.amax], "contiguous": contiguous, "clone": copied,
     "softmax": FUNCTIONS[torch.softmax], "log_softmax": FUNCTIONS[torch.log_softmax],
@@ -621,11 +659,13 @@ for _name in ("sigmoid", "tanh", "exp", "sqrt", "square", "abs"):
 
 # Their result may share memory with what they read.
 VIEWS = frozenset(
-    (_view, _flatten, _unsqueeze, squeeze, getitem, split, chunk, permute, transpose, expand, expand_as, contiguous,
+    (_view, _flatten, _unsqueeze, squeeze, getitem, split, chunk, permute, transpose, expand, expand_as,
+     contiguous,
      METHODS["view_as"], METHODS["reshape_as"])
 )  # fmt: skip
 IN_PLACE_FUNCTIONS = frozenset(
-    (operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_, F.hardtanh_, F.threshold_,
+    (operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_, F.hardtanh_,
+    F.threshold_,
      torch.threshold_, F.leaky_relu_, torch.clamp_, torch.clip_, torch.clamp_min_)
 )  # fmt: skip
 
@@ -700,14 +740,18 @@ MODULES: dict[type, Callable] = {
 
 
 def operation_of_module(module: nn.Module) -> Callable[[Stage, nn.Module], Stage] | None:
-    """What reads a module of this class. A subclass that computes something else is not known by its parent's name."""
+    """What reads a module of this class.
+
+    A subclass that computes something else is not known by its parent's name.
+    """
     if "forward" in vars(module):
         return None
     own = type(module)
     for base in own.__mro__:
         if base in MODULES:
             same = all(
-                getattr(own, method, None) is getattr(base, method, None) for method in ("forward", "_conv_forward")
+                getattr(own, method, None) is getattr(base, method, None)
+                for method in ("forward", "_conv_forward")
             )
             return MODULES[base] if same else None
     return None

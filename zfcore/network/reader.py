@@ -1,8 +1,8 @@
 """Reads a network into stages with torch.fx.
 
-The tracer is fx's, but its proxies carry stages: an operation becomes a stage when it happens, so that sizes are plain
-numbers in the model's own code. What the reader does not know stays unread, with the reason, and counts only for a
-layer that is computed from it.
+The tracer is fx's, but its proxies carry stages: an operation becomes a stage when it happens, so that sizes
+are plain numbers in the model's own code. What the reader does not know stays unread, with the reason, and
+counts only for a layer that is computed from it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from zfcore.network.operations import (
 )
 from zfcore.network.stages import Stage
 
-# fx replaces nn.Module.__call__ for the whole process while it traces; one trace at a time, and the tracer below
-# lets the calls of other threads through.
+# fx replaces nn.Module.__call__ for the whole process while it traces; one trace at a time, and the tracer
+# below lets the calls of other threads through.
 _tracing = threading.Lock()
 
 
 @dataclass
 class Network:
-    """A network, read up to one layer: its stages in the order they run, the input first and the layer last."""
+    """A network read up to a layer: its stages in the order they run, the input first, the layer last."""
 
     model: nn.Module
     stages: list[Stage]
@@ -59,15 +59,15 @@ class Network:
         return readers
 
 
-# ---- Layers by name ----------------------------------------------------------------------------------------------
+# ---- Layers by name ----------------------------------------------------------------------------------------
 
 
 def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, int | None]:
     """The dotted name of a layer, and which of its calls is meant: None for the last.
 
     Args:
-        layer: a module of the model, or its name; "name@i" means the i-th call, from 0. The model itself stands for
-            its output, under the name "".
+        layer: a module of the model, or its name; "name@i" means the i-th call, from 0. The model itself
+            stands for its output, under the name "".
 
     Raises:
         LayerNotFound: the model has no such module; the message lists the nearest names.
@@ -88,7 +88,9 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, int | 
     if layer in names or not (at and call.isdecimal()):
         name, call = layer, ""
     if name and name in names:
-        first = next(n for n, module in names.items() if module is names[name])  # the name that a module has first
+        first = next(
+            n for n, module in names.items() if module is names[name]
+        )  # the name that a module has first
         return first, int(call) if call else None
     known = [n for n in names if n]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:8]
@@ -97,7 +99,7 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, int | 
     )
 
 
-# ---- Tracing -----------------------------------------------------------------------------------------------------
+# ---- Tracing -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -176,7 +178,9 @@ class _Reader(fx.Tracer):
         self.thread = threading.get_ident()
         self.count = 0  # stages so far
         self.inside: list[FunctionType] = []  # wrapped functions that are being followed
-        self.owners: dict[Stage, tuple[nn.Module, int]] = {}  # the innermost call of a module that returned it
+        self.owners: dict[
+            Stage, tuple[nn.Module, int]
+        ] = {}  # the innermost call of a module that returned it
         self.paths = {module: name for name, module in model.named_modules()}
         self.scopes: list[nn.Module] = [model]
         self.calls: dict[nn.Module, list[object]] = {}  # what each call of a module returned: a stage, or not
@@ -286,7 +290,10 @@ class _Reader(fx.Tracer):
             operation, label = METHODS.get(target), f"Tensor.{target}"
             in_place = target.endswith("_") and not target.endswith("__")
         elif kind == "call_function" and target is not builtins.getattr:
-            operation, in_place = FUNCTIONS.get(target), target in IN_PLACE_FUNCTIONS or _changes_input(target)
+            operation, in_place = (
+                FUNCTIONS.get(target),
+                target in IN_PLACE_FUNCTIONS or _changes_input(target),
+            )
             module = (getattr(target, "__module__", None) or "torch").removeprefix("_operator")
             label = f"{module}.{getattr(target, '__name__', target)}".removeprefix(".")
         else:
@@ -324,12 +331,16 @@ class _Reader(fx.Tracer):
             what = f"calls {label} in a way" if label else "is an operation"
             return self.lose(self.unread(f"{what} that the engines do not read{why}", error), given, changed)
         except ShapeError as error:
-            return self.lose(_Unread(ShapeError(f"{self.described(self.scopes[-1])}: {error}")), given, changed)
+            return self.lose(
+                _Unread(ShapeError(f"{self.described(self.scopes[-1])}: {error}")), given, changed
+            )
         source = args[0] if args else None
         memory = source.memory if view and isinstance(source, _Traced) else None
         if isinstance(result, tuple) and any(isinstance(part, Stage | Unknown) for part in result):
             parts = _Parts(
-                self.wrap(self.add(part, label) if isinstance(part, Stage) else self.unread(str(part)), memory)
+                self.wrap(
+                    self.add(part, label) if isinstance(part, Stage) else self.unread(str(part)), memory
+                )
                 for part in result
             )
             parts.node = self.node
@@ -372,7 +383,10 @@ class _Reader(fx.Tracer):
         return self.unread(f"reads Tensor.{a.attr}, which the engines do not")
 
     def lose(self, value: _Unread, given: object, changed: object) -> _Traced:
-        """The result of what was not read. It may share memory with all that was given, and `changed` is unread too."""
+        """The result of what was not read.
+
+        It may share memory with all that was given, and `changed` is unread too.
+        """
         memory: list[_Traced] = []
         for proxy in map(_root, _flat(given)):
             if isinstance(proxy, _Traced) and proxy.memory is not memory:
@@ -411,7 +425,20 @@ def _root(value: object) -> object:
 
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem")
+    for name in (
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "imatmul",
+        "iand",
+        "ior",
+        "ixor",
+        "setitem",
+    )
 )
 
 
@@ -474,7 +501,7 @@ def _field_of(stage: Stage) -> Field | None:
     return merged
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------------
+# ---- Reading -----------------------------------------------------------------------------------------------
 
 
 def read_network(
@@ -490,14 +517,16 @@ def read_network(
     Args:
         model: takes one image batch [N, C, H, W]; its other arguments keep their defaults.
         image_shape: (C, H, W) of the images, in pixels.
-        layer: a module or its dotted name; of a module called several times the last call, "name@i" for another.
-        example: an image batch on which the model may be run, where not all of its code can be followed, to count the
-            layer's calls; without one such a layer is refused.
+        layer: a module or its dotted name; of a module called several times the last call, "name@i" for
+        another.
+        example: an image batch on which the model may be run, where not all of its code can be followed, to
+            count the layer's calls; without one such a layer is refused.
 
     Raises:
         LayerNotFound: there is no such layer, or it is never called.
         ShapeError: images of this shape do not fit the layers up to this one.
-        UnsupportedOperation: an operation on the way to the layer, named in the message, is not one the engines read.
+        UnsupportedOperation: an operation on the way to the layer, named in the message, is not one the
+        engines read.
     """
     name, call = resolve_layer(model, layer) if layer is not None else ("", None)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -535,7 +564,7 @@ def read_network(
 def _check_all_seen(
     reader: _Reader, module: nn.Module, label: str, calls: list[object], example: Tensor | None
 ) -> None:
-    """Refuse a layer that a part of the model that was not followed calls, for the first time or once more."""
+    """Refuse a layer that may be called, for the first time or again, where the model was not followed."""
     if reader.failure is None and (reader.blind is None or module is reader.model):
         return
     if calls and example is not None:

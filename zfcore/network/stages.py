@@ -1,4 +1,4 @@
-"""What a network is made of once it is read: stages, each one operation with its parameters and its inputs."""
+"""What a network is made of once it is read: stages, each an operation with its parameters and inputs."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from torch import Tensor
 
 from zfcore.network.geometry import Field, Window
 
+
 @dataclass(eq=False)
 class Stage:
     """One operation of a network.
 
-    kind:    "input", "conv", "relu", "max_pool", "avg_pool", "pad", "batch_norm", "lrn", "identity", "add", "cat",
-             "scale" (times a constant), or "map" for an operation that needs whole maps on the way down: pooling to a
-             size, flatten, linear, softmax, products of maps, functions of each value.
+    kind:    "input", "conv", "relu", "max_pool", "avg_pool", "pad", "batch_norm", "lrn", "identity", "add",
+             "cat", "scale" (times a constant), or "map" for an operation that needs whole maps on the way
+             down: pooling to a size, flatten, linear, softmax, products of maps, functions of each value.
     inputs:  the stages it reads.
     run:     its forward, from the inputs' values.
     shape:   of its output without the batch axis: (C, H, W), or (F,).
     window:  the sliding window of conv, pools and pad, else None.
-    options: what its way down needs besides: of conv "weight" (a function that returns [K, C / groups, kh, kw]),
-             "groups" and "even_padding"; of relu "rectifier"; of max_pool "ceil_mode"; of avg_pool "share",
-             what each pixel of a window counts (a number, or a function of a tensor that is like it: [1, 1, Oh, Ow]);
-             of batch_norm "scale" (a function that returns [C]); of scale "factor" (a number, or [C, 1, 1]).
-    name:    the module's dotted name, with "@i" when it is called several times; for a function called outside such a
-             module, "module:function".
+    options: what its way down needs besides: of conv "weight" (a function that returns [K, C / groups, kh,
+             kw]), "groups" and "even_padding"; of relu "rectifier"; of max_pool "ceil_mode"; of avg_pool
+             "share", what each pixel of a window counts (a number, or a function of a tensor that is like it:
+             [1, 1, Oh, Ow]); of batch_norm "scale" (a function that returns [C]); of scale "factor" (a
+             number, or [C, 1, 1]).
+    name:    the module's dotted name, with "@i" when it is called several times; for a function called
+             outside such a module, "module:function".
     index:   its place in the network.
-    field:   what a position of its output sees of the picture; None where that is everything, or not the same size
-             everywhere.
+    field:   what a position of its output sees of the picture; None where that is everything, or not the same
+             size everywhere.
     """
 
     kind: str
@@ -46,15 +48,16 @@ class Stage:
 
     def __repr__(self) -> str:
         inputs = ", ".join(stage.name for stage in self.inputs)
-        return f"Stage({self.index}: {self.kind} {self.name!r} <- [{inputs}], shape={self.shape}, field={self.field})"
+        made = f"{self.index}: {self.kind} {self.name!r} <- [{inputs}]"
+        return f"Stage({made}, shape={self.shape}, field={self.field})"
 
 
 @dataclass(frozen=True)
 class Rectifier:
     """A member of the ReLU family: its forward, and where its input lets a gradient pass unchanged.
 
-    ``slope`` is what the gradient and the signal on its way down are scaled by where they are negative; 0 for ReLU.
-    ``upper`` is where the forward saturates, as ReLU6 does at 6.
+    ``slope`` is what the gradient and the signal on its way down are scaled by where they are negative; 0 for
+    ReLU. ``upper`` is where the forward saturates, as ReLU6 does at 6.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -62,7 +65,10 @@ class Rectifier:
     slope: float = 0.0
 
     def derivative(self, z: Tensor) -> Tensor:
-        """1 where z passes, ``slope`` where it is negative or zero, 0 from ``upper`` on; NaN passes. Bytes for slope 0."""
+        """1 where z passes, ``slope`` where it is negative or zero, 0 from ``upper`` on; NaN passes.
+
+        Bytes for slope 0.
+        """
         blocked = z <= 0
         if self.slope:
             return torch.where(blocked, self.slope, 1.0).to(z.dtype)
