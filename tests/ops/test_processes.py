@@ -37,7 +37,8 @@ for _ in range(10):
 
 def test_a_fork_after_threads_ran_does_not_hang():
     away = tempfile.gettempdir()  # not the source tree, which would hide the install
-    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=250, cwd=away)
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=away)
     assert done.returncode == 0, done.stderr
 
 
