@@ -31,55 +31,73 @@ struct TapOffsets {
   }
 };
 
+// Whether the elements fill one stretch of memory, in whatever order.
+inline bool dense(const View& v) {
+  int64_t last = 0;
+  for (int axis = 0; axis < 4; ++axis) {
+    if (v.stride[axis] < 0) return false;
+    last += (v.size[axis] - 1) * v.stride[axis];
+  }
+  return last + 1 == v.numel();
+}
+
 // The linear NCHW index of the first switch that names no place inside the height x width map, or no_bad_switch.
-// Kernels run it first, so that they need no checks inside. Reads each byte once; whole windows compare one byte.
+// Kernels run it first, so that they need no checks inside. A window inside the map needs its byte under `taps`: where
+// the bytes lie in one stretch that is one vectorised pass, and only the windows at the borders are looked at singly.
 inline int64_t find_bad_switch(const View& switches, const Window& pool, int64_t height, int64_t width, int threads) {
-  const Range inside_y = windows_inside(pool, 0, switches.h(), height);
+  Range inside_y = windows_inside(pool, 0, switches.h(), height);
   const Range inside_x = windows_inside(pool, 1, switches.w(), width);
-  const bool by_channel = channels_contiguous(switches);
-  const int64_t outer = by_channel ? switches.h() : switches.c();
   const int64_t taps = pool.taps();
   int bad = 0;
   int* const bad_flag = &bad;
+  if (dense(switches)) {
+    const uint8_t* bytes = at<uint8_t>(switches, 0, 0, 0, 0);
+    parallel_for(switches.numel(), 1 << 18, threads, [&](int64_t begin, int64_t end) {
+      uint8_t largest = 0;
+      for (int64_t i = begin; i < end; ++i) largest = bytes[i] > largest ? bytes[i] : largest;
+      if (largest >= taps) __atomic_store_n(bad_flag, 1, __ATOMIC_RELAXED);
+    });
+  } else {
+    inside_y = {0, 0};  // no row is exempt from the walk
+  }
+  const bool whole = inside_y.begin == 0 && inside_y.end == switches.h() && inside_x.begin == 0 &&
+                     inside_x.end == switches.w();
+  const bool by_channel = channels_contiguous(switches);
+  const int64_t outer = by_channel ? switches.h() : switches.c();
+  const auto window_is_bad = [&](int64_t n, int64_t c, int64_t oy, int64_t ox) {
+    int64_t y, x;
+    return !switch_place(pool, oy, ox, *at<uint8_t>(switches, n, c, oy, ox), height, width, &y, &x);
+  };
   const auto row_is_bad = [&](int64_t n, int64_t c0, int64_t channels, int64_t oy) {
+    const bool exempt = oy >= inside_y.begin && oy < inside_y.end;
     for (int64_t ox = 0; ox < switches.w(); ++ox) {
-      const bool whole = oy >= inside_y.begin && oy < inside_y.end && ox >= inside_x.begin && ox < inside_x.end;
-      const uint8_t* p = at<uint8_t>(switches, n, c0, oy, ox);
-      if (whole) {
-        uint8_t largest = 0;
-        if (by_channel)
-          for (int64_t c = 0; c < channels; ++c) largest = p[c] > largest ? p[c] : largest;
-        else
-          for (; ox < inside_x.end; ++ox, p += switches.stride[3]) largest = *p > largest ? *p : largest;
-        if (!by_channel) --ox;
-        if (largest >= taps) return true;
-        continue;
-      }
-      int64_t y, x;
-      for (int64_t c = 0; c < channels; ++c)
-        if (!switch_place(pool, oy, ox, p[c * switches.stride[1]], height, width, &y, &x)) return true;
+      if (exempt && ox == inside_x.begin) ox = inside_x.end;
+      if (ox == switches.w()) break;
+      for (int64_t c = c0; c < c0 + channels; ++c)
+        if (window_is_bad(n, c, oy, ox)) return true;
     }
     return false;
   };
-  parallel_for(switches.n() * outer, 65536 / (switches.numel() / (switches.n() * outer) + 1), threads,
-               [&](int64_t begin, int64_t end) {
-                 bool found = false;
-                 for (int64_t i = begin; i < end && !found; ++i) {
-                   if (by_channel)
-                     found = row_is_bad(i / outer, 0, switches.c(), i % outer);
-                   else
-                     for (int64_t oy = 0; oy < switches.h() && !found; ++oy)
-                       found = row_is_bad(i / outer, i % outer, 1, oy);
-                 }
-                 if (found) __atomic_store_n(bad_flag, 1, __ATOMIC_RELAXED);
-               });
+  if (!whole && !bad)
+    parallel_for(switches.n() * outer, 65536 / (switches.numel() / (switches.n() * outer) + 1), threads,
+                 [&](int64_t begin, int64_t end) {
+                   bool found = false;
+                   for (int64_t i = begin; i < end && !found; ++i) {
+                     if (by_channel)
+                       found = row_is_bad(i / outer, 0, switches.c(), i % outer);
+                     else
+                       for (int64_t oy = 0; oy < switches.h() && !found; ++oy)
+                         found = row_is_bad(i / outer, i % outer, 1, oy);
+                   }
+                   if (found) __atomic_store_n(bad_flag, 1, __ATOMIC_RELAXED);
+                 });
   if (!bad) return no_bad_switch;
-  int64_t index = 0, y, x;  // rare: walk again in order, so that the error names the first
+  int64_t index = 0;  // rare: walk again in order, so that the error names the first
   for (int64_t n = 0; n < switches.n(); ++n)
     for (int64_t c = 0; c < switches.c(); ++c)
       for (int64_t oy = 0; oy < switches.h(); ++oy)
         for (int64_t ox = 0; ox < switches.w(); ++ox, ++index)
-          if (!switch_place(pool, oy, ox, *at<uint8_t>(switches, n, c, oy, ox), height, width, &y, &x)) return index;
+          if (window_is_bad(n, c, oy, ox)) return index;
   return no_bad_switch;
 }
 

@@ -11,6 +11,8 @@
 #include "switches.h"
 #include "window.h"
 
+#include <type_traits>
+
 namespace zf {
 namespace ZF_ISA {
 namespace {
@@ -49,6 +51,40 @@ void unpool_rows_channels_last(const View& y, const View& switches, const View& 
   }
 }
 
+// place + v, but v alone where the place is still 0, so that a lone -0 keeps its sign. Bits, not a branch: whether two
+// windows meet is as random as the data, and a misprediction costs ten additions.
+template <class T>
+inline T added(T place, T v) {
+  typedef typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type Bits;
+  const T sum = place + v;
+  Bits v_bits, sum_bits;
+  std::memcpy(&v_bits, &v, sizeof v);
+  std::memcpy(&sum_bits, &sum, sizeof sum);
+  const Bits empty = Bits(0) - Bits(place == 0), chosen = (v_bits & empty) | (sum_bits & ~empty);
+  T result;
+  std::memcpy(&result, &chosen, sizeof result);
+  return result;
+}
+
+template <class S, class T>
+void scatter_plane(const View& y, const View& switches, const Window& pool, const TapOffsets& offsets, int64_t n,
+                   int64_t c, bool last, T* plane) {
+  const int64_t width = y.w(), column = y.stride[3], switch_column = switches.stride[3], step = pool.stride[1];
+  for (int64_t oy = 0; oy < y.h(); ++oy) {
+    const S* values = at<S>(y, n, c, oy, 0);
+    const uint8_t* taps = at<uint8_t>(switches, n, c, oy, 0);
+    int64_t corner = offsets.corner(pool, oy, 0);
+    if (last)
+      for (int64_t ox = 0; ox < width; ++ox, corner += step)
+        plane[corner + offsets.tap[taps[ox * switch_column]]] = to_compute(values[ox * column]);
+    else
+      for (int64_t ox = 0; ox < width; ++ox, corner += step) {
+        T& place = plane[corner + offsets.tap[taps[ox * switch_column]]];
+        place = added(place, T(to_compute(values[ox * column])));
+      }
+  }
+}
+
 template <class S>
 void unpool_planes(const View& y, const View& switches, const View& out, const Window& pool, bool relu, bool last,
                    int64_t begin, int64_t end) {
@@ -61,15 +97,7 @@ void unpool_planes(const View& y, const View& switches, const View& out, const W
     const int64_t n = index / out.c(), c = index % out.c();
     T* plane = direct ? reinterpret_cast<T*>(at_mut<S>(out, n, c, 0, 0)) : scratch;
     std::memset(plane, 0, size_t(places) * sizeof(T));
-    for (int64_t oy = 0; oy < y.h(); ++oy) {
-      const S* values = at<S>(y, n, c, oy, 0);
-      const uint8_t* row_switches = at<uint8_t>(switches, n, c, oy, 0);
-      for (int64_t ox = 0; ox < y.w(); ++ox) {
-        T& place = plane[offsets.corner(pool, oy, ox) + offsets.tap[row_switches[ox * switches.stride[3]]]];
-        const T v = to_compute(values[ox * y.stride[3]]);
-        place = last || place == 0 ? v : place + v;  // not 0 + v: a lone -0 keeps its sign
-      }
-    }
+    scatter_plane<S>(y, switches, pool, offsets, n, c, last, plane);
     if (relu)  // after the sum: what overlapping windows add up to is rectified, not each of them
       for (int64_t i = 0; i < places; ++i) plane[i] = relu_one(plane[i]);
     if (!direct)
@@ -97,26 +125,41 @@ inline bool overwritten(const View& switches, const Window& pool, int64_t n, int
   return found;
 }
 
+// One row of windows at a time along the contiguous axis, channels or columns.
 template <class S>
 void gather_rows(const View& x, const View& switches, const View& out, const Window& pool, bool last, bool by_channel,
                  int64_t begin, int64_t end) {
-  const int64_t inner = by_channel ? out.c() : out.h();
   const int64_t outer = by_channel ? out.h() : out.c();
   const TapOffsets offsets(pool, x.stride[2], x.stride[3]);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t n = index / outer;
-    const auto one = [&](int64_t c, int64_t oy, int64_t ox) {
-      const uint8_t s = *at<uint8_t>(switches, n, c, oy, ox);
-      S v = at<S>(x, n, c, 0, 0)[offsets.corner(pool, oy, ox) + offsets.tap[s]];
-      if (last && overwritten(switches, pool, n, c, oy, ox, s)) v = S{};
-      *at_mut<S>(out, n, c, oy, ox) = v;
-    };
+    const int64_t n = index / outer, first = index % outer;
     if (by_channel) {
-      for (int64_t ox = 0; ox < out.w(); ++ox)
-        for (int64_t c = 0; c < inner; ++c) one(c, index % outer, ox);
+      for (int64_t ox = 0; ox < out.w(); ++ox) {
+        const uint8_t* taps = at<uint8_t>(switches, n, 0, first, ox);
+        const S* map = at<S>(x, n, 0, 0, 0);
+        const int64_t corner = offsets.corner(pool, first, ox);
+        S* p = at_mut<S>(out, n, 0, first, ox);
+        for (int64_t c = 0; c < out.c(); ++c) p[c] = map[corner + offsets.tap[taps[c]] + c];
+      }
     } else {
-      for (int64_t oy = 0; oy < inner; ++oy)
-        for (int64_t ox = 0; ox < out.w(); ++ox) one(index % outer, oy, ox);
+      const int64_t column = out.stride[3], switch_column = switches.stride[3], step = pool.stride[1] * x.stride[3];
+      for (int64_t oy = 0; oy < out.h(); ++oy) {
+        const uint8_t* taps = at<uint8_t>(switches, n, first, oy, 0);
+        const S* map = at<S>(x, n, first, 0, 0);
+        int64_t corner = offsets.corner(pool, oy, 0);
+        S* p = at_mut<S>(out, n, first, oy, 0);
+        for (int64_t ox = 0; ox < out.w(); ++ox, corner += step)
+          p[ox * column] = map[corner + offsets.tap[taps[ox * switch_column]]];
+      }
+    }
+    if (last) {
+      const int64_t c0 = by_channel ? 0 : first, c1 = by_channel ? out.c() : first + 1;
+      const int64_t oy0 = by_channel ? first : 0, oy1 = by_channel ? first + 1 : out.h();
+      for (int64_t oy = oy0; oy < oy1; ++oy)
+        for (int64_t ox = 0; ox < out.w(); ++ox)
+          for (int64_t c = c0; c < c1; ++c)
+            if (overwritten(switches, pool, n, c, oy, ox, *at<uint8_t>(switches, n, c, oy, ox)))
+              *at_mut<S>(out, n, c, oy, ox) = S{};
     }
   }
 }
