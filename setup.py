@@ -35,7 +35,8 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja:  # given anew each time: a kept build tree remembers that of an isolated environment, now gone
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        configure += [f"-D{name}={os.environ[name]}" for name in CMAKE_OPTIONS if os.environ.get(name)]
+        for name in CMAKE_OPTIONS:  # unset: the default again, not what an earlier build of this tree was given
+            configure.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
