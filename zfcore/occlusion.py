@@ -7,9 +7,8 @@ to the next only the pixels under the old and the new box are written.
 
 import math
 import operator
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from zfcore.errors import (
     ShapeError,
     UnitNotFound,
 )
-from zfcore.network import evaluating, read_network, resolve_layer
+from zfcore.network import evaluating, exact_arithmetic, observing, read_network, resolve_layer
 
 __all__ = ["Occlusion", "occlusion_map"]
 
@@ -189,9 +188,12 @@ def occlusion_map(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        stack.enter_context(_arithmetic(precision, device))
+        if precision == "bf16":
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+        else:
+            stack.enter_context(exact_arithmetic(device))
         if totals is not None:
-            stack.enter_context(totals)
+            stack.enter_context(observing(totals.module, totals.see))
         if strict:
             read_network(model, tuple(images.shape[1:]))
 
@@ -377,7 +379,7 @@ class _Answers:
 
 
 class _FeatureTotals:
-    """Sums one unit's map of a layer in every forward of this thread, while entered.
+    """Sums one unit's map of a layer in every forward, as `see` is shown the layer's outputs.
 
     units: [N] int64; where the unit is None, filled with each image's strongest map by the clean pass.
     """
@@ -405,17 +407,7 @@ class _FeatureTotals:
             )
         return self.total
 
-    def __enter__(self) -> None:
-        self.thread = threading.get_ident()
-        self.handle = self.module.register_forward_hook(self._see)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _see(self, _module: nn.Module, _inputs: object, output: object) -> None:
-        # The model may serve other threads; their forwards are not this call's.
-        if threading.get_ident() != self.thread:
-            return
+    def see(self, output: object) -> None:
         call, self.calls = self.calls, self.calls + 1
         if self.call is not None and call != self.call:
             return
@@ -454,67 +446,6 @@ class _LargestResult(TorchFunctionMode):
     def batch_size(self, images: Tensor) -> int:
         """How many rows fit the scratch: a row is its pixels and an operation's input and output."""
         return max(1, SCRATCH_BYTES // (images[:1].nbytes + 2 * self.bytes or 1))
-
-
-class _FullPrecision:
-    """fp32 products in fp32: no TF32 in cuDNN, no narrow matrix products.
-
-    These switches are the process's, so the first user turns them and the last one turns them back.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.users == 0:
-                self.undo = [self._matrix_products(), self._convolutions()]
-            self.users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                for undo in self.undo:
-                    undo()
-
-    @staticmethod
-    def _matrix_products() -> Callable[[], None]:
-        before = torch.get_float32_matmul_precision()
-        if before == "highest":
-            return lambda: None
-        torch.set_float32_matmul_precision("highest")
-        return lambda: torch.set_float32_matmul_precision(before)
-
-    @staticmethod
-    def _convolutions() -> Callable[[], None]:
-        cudnn = torch.backends.cudnn
-        try:
-            owner, name, full = cudnn, "allow_tf32", False
-            before = cudnn.allow_tf32
-        except RuntimeError:  # convolutions were set apart from RNNs, which only the newer switch can express
-            owner, name, full = cudnn.conv, "fp32_precision", "ieee"
-            before = cudnn.conv.fp32_precision
-        if before == full:
-            return lambda: None
-        setattr(owner, name, full)
-        return lambda: setattr(owner, name, before)
-
-
-_full_precision = _FullPrecision()
-
-
-@contextmanager
-def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """The precision that the call asked for, whatever autocast or TF32 setting surrounds it."""
-    if precision == "bf16":
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            yield
-    else:
-        with torch.autocast(device.type, enabled=False), _full_precision:
-            yield
 
 
 def _covers(starts: Tensor, ends: Tensor, length: int) -> Tensor:

@@ -659,6 +659,13 @@ def test_strict_reads_the_network():
     assert model.training
 
 
+def test_strict_reads_a_network_whose_feature_it_watches():
+    model, images = network(VGGLike), pictures(1, (16, 16))
+    free = occlusion_map(model, images, box=5, stride=4, feature=("0", 2))
+    strict = occlusion_map(model, images, box=5, stride=4, feature=("0", 2), strict=True)
+    assert torch.equal(free.activation, strict.activation)
+
+
 IMAGES = pictures(2, (16, 16))
 
 

@@ -78,7 +78,7 @@ def observing(module: nn.Module, see: Callable[[object], None]) -> Iterator[None
 
 
 class _FullPrecision:
-    """fp32 products in fp32 and the same bits twice on CUDA: no TF32 in convolutions and matrix products.
+    """fp32 products in fp32 and the same bits twice: no TF32, no narrow matrix products.
 
     These switches are the process's, so the first user turns them and the last one turns them back.
     """
@@ -90,14 +90,16 @@ class _FullPrecision:
     def __enter__(self) -> None:
         with _lock:
             if self.users == 0:
-                self.undo.enter_context(
-                    torch.backends.cudnn.flags(
-                        enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False
-                    )
-                )
                 before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("highest")
-                self.undo.callback(torch.set_float32_matmul_precision, before)
+                if before != "highest":
+                    torch.set_float32_matmul_precision("highest")
+                    self.undo.callback(torch.set_float32_matmul_precision, before)
+                cudnn = torch.backends.cudnn
+                self.turn(cudnn, "deterministic", True)
+                try:
+                    self.turn(cudnn, "allow_tf32", False)
+                except RuntimeError:  # convolutions were set apart from RNNs, which the newer switch can express
+                    self.turn(cudnn.conv, "fp32_precision", "ieee")
             self.users += 1
 
     def __exit__(self, *_: object) -> None:
@@ -106,6 +108,12 @@ class _FullPrecision:
             if self.users == 0:
                 self.undo.close()
 
+    def turn(self, owner: object, name: str, value: object) -> None:
+        before = getattr(owner, name)
+        if before != value:
+            setattr(owner, name, value)
+            self.undo.callback(setattr, owner, name, before)
+
 
 _full_precision = _FullPrecision()
 
@@ -113,6 +121,5 @@ _full_precision = _FullPrecision()
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """The model's own precision, whatever autocast or TF32 setting surrounds the call."""
-    full = _full_precision if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, enabled=False), full:
+    with torch.autocast(device.type, enabled=False), _full_precision:
         yield
