@@ -7,10 +7,13 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 
+#include "deconv_step.h"
 #include "dispatch.h"
+#include "hash.h"
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
 #include "unpool_relu2d.h"
@@ -128,6 +131,45 @@ PYBIND11_MODULE(_C, m) {
                                                       unpooled.data(), window(pool), window(conv), groups,
                                                       overlap(overlap_last), threads);
         });
+
+  m.def("deconv_step_cpu",
+        [](const TensorTuple& signal, const std::optional<TensorTuple>& switches,
+           const std::optional<TensorTuple>& passes, const TensorTuple& weight, uintptr_t filters,
+           const TensorTuple& out, uintptr_t image, uintptr_t origin, const Pair& map, const Pair& below,
+           const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool rectify, bool overlap_last,
+           bool whole, int threads) {
+          py::gil_scoped_release release;
+          zf::DeconvStep step;
+          step.signal = view(signal);
+          if (switches) step.switches = view(*switches);
+          if (passes) step.passes = view(*passes);
+          step.weight = view(weight);
+          step.filters = reinterpret_cast<const void*>(filters);
+          step.out = output(out);
+          step.image = reinterpret_cast<const int64_t*>(image);
+          step.origin = reinterpret_cast<const int64_t*>(origin);
+          for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
+          step.pool = window(pool);
+          step.conv = window(conv);
+          step.groups = groups;
+          step.rectify = rectify;
+          step.last = overlap_last;
+          step.whole = whole;
+          zf::deconv_step_cpu(step, threads);
+        });
+  m.def("packed_filters_bytes_cpu", [](const TensorTuple& weight, const WindowTuple& conv, int64_t groups) {
+    return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, window(conv), groups);
+  });
+  m.def("pack_filters_cpu", [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, const WindowTuple& conv,
+                               int64_t groups, int threads) {
+    py::gil_scoped_release release;
+    zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), reinterpret_cast<void*>(filters),
+                         window(conv), groups, threads);
+  });
+  m.def("hash_bytes", [](uintptr_t data, int64_t bytes, int threads) {
+    py::gil_scoped_release release;
+    return zf::hash_bytes(reinterpret_cast<const void*>(data), bytes, threads);
+  });
 
 #if ZF_WITH_CUDA
   m.def("max_pool2d_with_switches_cuda", [](const TensorTuple& x, const TensorTuple& y, const TensorTuple& switches,

@@ -111,4 +111,15 @@ int64_t unpool_relu_conv_transpose2d_cpu(const View& y, const View& switches, co
   ZF_DISPATCH(unpool_relu_conv_transpose2d(y, switches, weight, out, unpooled, pool, conv, groups, overlap, threads))
 }
 
+void deconv_step_cpu(const DeconvStep& step, int threads) { ZF_DISPATCH(deconv_step(step, threads)) }
+
+int64_t packed_filters_bytes_cpu(const View& weight, DType dtype, const Window& conv, int64_t groups) {
+  ZF_DISPATCH(packed_filters_bytes(weight, dtype, conv, groups))
+}
+
+void pack_filters_cpu(const View& weight, const void* scale, void* filters, const Window& conv, int64_t groups,
+                      int threads) {
+  ZF_DISPATCH(pack_filters(weight, scale, filters, conv, groups, threads))
+}
+
 }  // namespace zf

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "deconv_step.h"
 #include "view.h"
 
 #define ZF_DECLARE_KERNELS(isa)                                                                                      \
@@ -11,6 +12,9 @@
   int64_t pool_gather2d(const View&, const View&, const View&, const Window&, Overlap, int);                         \
   int64_t unpool_relu_conv_transpose2d(const View&, const View&, const View&, const View&, const int64_t[2],         \
                                        const Window&, const Window&, int64_t, Overlap, int);                         \
+  void deconv_step(const DeconvStep&, int);                                                                          \
+  int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \
+  void pack_filters(const View&, const void*, void*, const Window&, int64_t, int);                                   \
   }
 
 namespace zf {

@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from zfcore.errors import ShapeError
 from zfcore.reference._geometry import (
     Spec,
     Window,
@@ -51,6 +52,15 @@ def threads() -> int:
 def view(x: torch.Tensor) -> tuple:
     """The tensor as the kernels take it; ``x`` must outlive their use of it."""
     return x.data_ptr(), _CODES[x.dtype], x.shape, x.stride()
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where a contiguous tensor lies, 0 for None; ``x`` must outlive its use."""
+    if x is None:
+        return 0
+    if not x.is_contiguous():
+        raise ShapeError(f"a tensor of shape {tuple(x.shape)} and strides {x.stride()}: expected a contiguous one")
+    return x.data_ptr()
 
 
 def stream(device: torch.device) -> int:

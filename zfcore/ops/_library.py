@@ -153,6 +153,25 @@ def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> 
     return kernels["reference"]
 
 
+def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
+    """The function that runs the kernel of the backend that is forced, or that its first tensor's device chooses."""
+    by_device: dict[str, Callable] = {}
+
+    def run(x, *args):
+        device = x.device
+        if _choice.name is not None:
+            refusal = _refusal(_choice.name, name, kernels, device)
+            if refusal:
+                raise BackendUnavailable(f"backend {_choice.name!r} cannot run {name} on {device}: {refusal}")
+            return kernels[_choice.name](x, *args)
+        kernel = by_device.get(device.type)
+        if kernel is None:
+            kernel = by_device[device.type] = _default(name, kernels, device)
+        return kernel(x, *args)
+
+    return run
+
+
 def register(
     schema: str,
     *,
@@ -169,19 +188,7 @@ def register(
     the forward was forced to.
     """
     name = schema.split("(", 1)[0]
-    by_device: dict[str, Callable] = {}
-
-    def run(x, *args):
-        device = x.device
-        if _choice.name is not None:
-            refusal = _refusal(_choice.name, name, kernels, device)
-            if refusal:
-                raise BackendUnavailable(f"backend {_choice.name!r} cannot run {name} on {device}: {refusal}")
-            return kernels[_choice.name](x, *args)
-        kernel = by_device.get(device.type)
-        if kernel is None:
-            kernel = by_device[device.type] = _default(name, kernels, device)
-        return kernel(x, *args)
+    run = choosing(name, kernels)
 
     def save(ctx, inputs, output):
         ctx.backend = _choice.name

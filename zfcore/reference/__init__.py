@@ -3,6 +3,7 @@
 These are the definitions that the kernels are tested against, and the fallback where no kernel is available.
 """
 
+from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
 from zfcore.reference.pool_gather2d import pool_gather2d
 from zfcore.reference.unpool2d import unpool2d
@@ -10,6 +11,7 @@ from zfcore.reference.unpool_relu2d import unpool_relu2d
 from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_transpose2d
 
 __all__ = [
+    "deconv_step",
     "max_pool2d_with_switches",
     "pool_gather2d",
     "unpool2d",

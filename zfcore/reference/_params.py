@@ -44,6 +44,40 @@ class ConvParams(NamedTuple):
     output_padding: int | Pair = 0
 
 
+class StepParams(NamedTuple):
+    """One step of the way down, of which ``deconv_step`` is the op. Pairs are (rows, columns).
+
+    pool:    (kernel, stride, padding, dilation) of the pool that is undone first, or None.
+    conv:    likewise of the convolution.
+    map:     the size of the convolution's output, and so of the map that is unpooled to.
+    below:   the size of its input.
+    whole:   the result is the map below, not the patch of it that the signal reaches.
+    rectify: drop what is negative before the filters.
+    overlap: as of ``unpool2d``.
+    """
+
+    pool: tuple[Pair, Pair, Pair, Pair] | None
+    conv: tuple[Pair, Pair, Pair, Pair]
+    groups: int
+    map: Pair
+    below: Pair
+    whole: bool
+    rectify: bool
+    overlap: str
+
+    def reach(self, size: Pair) -> tuple[Pair, Pair]:
+        """The sizes of the unpooled patch and of the patch below it, for a signal of ``size``."""
+        places = size
+        if self.pool is not None:
+            places = _reach(size, self.pool)
+        return places, self.below if self.whole else _reach(places, self.conv)
+
+
+def _reach(size: Pair, window: tuple[Pair, Pair, Pair, Pair]) -> Pair:
+    kernel, stride, _, dilation = window
+    return tuple((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation))
+
+
 def show(value: Any) -> str:
     """The value for an error message: its repr, cut short, and safe for ints too long to print."""
     if isinstance(value, (tuple, list)) and len(value) <= 8:

@@ -63,20 +63,20 @@ def unpool_relu_conv_transpose2d(
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         if strict_nan:
             return transposed(u, weight.to(wide)).to(y.dtype)
-        return _skipping_zeros(transposed, u, weight.to(wide)).to(y.dtype)
+        return skipping_zeros(transposed, u, weight.to(wide)).to(y.dtype)
 
 
-def _skipping_zeros(transposed, u, weight):
+def skipping_zeros(transposed, u, weight):
+    """transposed(u, weight) without the products of an exact zero of u with what is not finite."""
     if weight.isfinite().all():
         return transposed(u, weight)
-    # u >= 0 or NaN, so an infinite weight adds an infinity of its own sign wherever u is not 0.
     finite = torch.where(weight.isfinite(), weight, weight.sign().nan_to_num(nan=1.0))
     z = transposed(u, finite)
-    taken = (u != 0).to(u.dtype)
-    for special, value in (
-        (weight == torch.inf, torch.inf),
-        (weight == -torch.inf, -torch.inf),
-        (weight.isnan(), torch.nan),
-    ):
-        z = z + torch.where(transposed(taken, special.to(u.dtype)) > 0, value, 0.0)
+    rising, falling = (u > 0).to(u.dtype), (u < 0).to(u.dtype)
+    above, below = (weight == torch.inf).to(u.dtype), (weight == -torch.inf).to(u.dtype)
+    undefined = transposed((u != 0).to(u.dtype), weight.isnan().to(u.dtype)) > 0
+    plus = (transposed(rising, above) > 0) | (transposed(falling, below) > 0)
+    minus = (transposed(rising, below) > 0) | (transposed(falling, above) > 0)
+    for chosen, value in ((plus, torch.inf), (minus, -torch.inf), (undefined, torch.nan)):
+        z = z + torch.where(chosen, value, 0.0)
     return z

@@ -1,0 +1,126 @@
+"""One step of the deconvnet on a batch of patches: what the engine of ``deconv_project`` is made of. No gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from zfcore import reference
+from zfcore.errors import DtypeError, ShapeError
+from zfcore.ops import _boundary, _filters
+from zfcore.ops._library import choosing, native
+from zfcore.reference._params import StepParams
+
+IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
+
+
+def _check(signal, weight, step, image, origin, switches, passes, scale):
+    b, k = signal.shape[:2]
+    if tuple(image.shape) != (b,) or tuple(origin.shape) != (b, 2):
+        raise ShapeError(
+            f"image of shape {tuple(image.shape)}, origin of shape {tuple(origin.shape)}: expected [{b}] and [{b}, 2]"
+        )
+    if image.dtype != torch.int64 or origin.dtype != torch.int64:
+        raise DtypeError(f"image of {image.dtype}, origin of {origin.dtype}: expected int64")
+    if weight.dim() != 4 or weight.size(0) != k or tuple(weight.shape[2:]) != tuple(step.conv[0]):
+        raise ShapeError(f"weight of shape {tuple(weight.shape)}: expected [{k}, C / groups, *{step.conv[0]}]")
+    if weight.dtype != signal.dtype:
+        raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
+    if (switches is None) != (step.pool is None):
+        raise ShapeError("switches and step.pool: expected both or neither")
+    low, high = (int(end) for end in torch.aminmax(image)) if b else (0, -1)
+    for name, maps, dtype in (("switches", switches, torch.uint8), ("passes", passes, torch.bool)):
+        if maps is None:
+            continue
+        if maps.dtype != dtype or maps.dim() != 4 or maps.size(1) != k:
+            raise ShapeError(f"{name} of {maps.dtype} {tuple(maps.shape)}: expected {dtype} [N, {k}, H, W]")
+        if low < 0 or high >= len(maps):
+            raise ShapeError(f"image {low} to {high}: expected 0 to {len(maps) - 1}, of {name}")
+    if passes is not None and tuple(passes.shape[2:]) != tuple(step.map):
+        raise ShapeError(f"passes of shape {tuple(passes.shape)}: expected maps of {tuple(step.map)}")
+    if scale is not None and tuple(scale.shape) != (k,):
+        raise ShapeError(f"scale of shape {tuple(scale.shape)}: expected [{k}]")
+
+
+def _shape(signal, weight, step):
+    return (len(signal), weight.size(1) * step.groups, *step.reach(tuple(signal.shape[2:]))[1])
+
+
+def _reference(signal, weight, step, image, origin, switches, passes, scale, out):
+    z = reference.deconv_step(signal, weight, step, image, origin, switches, passes, scale)
+    return z if out is None else out.copy_(z)
+
+
+def _cpu(signal, weight, step, image, origin, switches, passes, scale, out):
+    conv = tuple(map(tuple, step.conv))
+    filters = _filters.packed(weight, scale, conv, step.groups)
+    shape = _shape(signal, weight, step)
+    if out is None:
+        out = torch.empty(shape, dtype=signal.dtype, device="cpu", memory_format=torch.channels_last)
+    if switches is not None:
+        switches = switches.contiguous(memory_format=torch.channels_last)
+    if passes is not None:
+        passes = passes.contiguous(memory_format=torch.channels_last).view(torch.uint8)
+    image, origin = image.contiguous(), origin.contiguous()
+    native.deconv_step_cpu(
+        _boundary.view(signal),
+        None if switches is None else _boundary.view(switches),
+        None if passes is None else _boundary.view(passes),
+        _boundary.view(weight.detach()),
+        _boundary.address(filters),
+        _boundary.view(out),
+        _boundary.address(image),
+        _boundary.address(origin),
+        tuple(step.map),
+        tuple(step.below),
+        IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
+        conv,
+        step.groups,
+        step.rectify,
+        step.overlap == "last",
+        step.whole,
+        _boundary.threads(),
+    )
+    return out
+
+
+_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu})
+
+
+def deconv_step(
+    signal: torch.Tensor,
+    weight: torch.Tensor,
+    step: StepParams,
+    image: torch.Tensor,
+    origin: torch.Tensor,
+    switches: torch.Tensor | None = None,
+    passes: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Takes signal patches one convolution down, as ``zfcore.reference.deconv_step`` defines it.
+
+    Args:
+        signal: [B, K, h, w] float; a patch of a pool's map with step.pool, else of the convolution's output.
+        weight: [K, C / groups, kh, kw], the signal's dtype. Its packing for the CPU is kept while it lives.
+        step: the geometry and the rules, see ``StepParams``.
+        image: [B] int64, which of the switches' and passes' maps each patch is of.
+        origin: [B, 2] int64, where each patch begins in its map; may reach past the edges.
+        switches: [N, K, Hp, Wp] uint8, as ``max_pool2d_with_switches`` made them of maps of step.map: they are
+            not checked again.
+        passes: [N, K, *step.map] bool, where the rectifier's input lets a signal pass; None for everywhere.
+        scale: [K], multiplies the filters; None for one.
+        out: [B, C, *step.reach((h, w))[1]], any layout, to write the result into.
+
+    Returns:
+        [B, C, h', w'], channels last: zero where a patch reaches past its map. The bits do not depend on the
+        batch or on the number of threads.
+
+    Raises:
+        ShapeError, DtypeError: the arguments do not belong together.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
+    """
+    _check(signal, weight, step, image, origin, switches, passes, scale)
+    if out is not None and (tuple(out.shape) != _shape(signal, weight, step) or out.dtype != signal.dtype):
+        raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {signal.dtype} {_shape(signal, weight, step)}")
+    return _run(signal, weight, step, image, origin, switches, passes, scale, out)
