@@ -16,6 +16,7 @@
 #include "hash.h"
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
+#include "strongest.h"
 #include "unpool_relu2d.h"
 #include "unpool_relu_conv_transpose2d.h"
 
@@ -157,6 +158,11 @@ PYBIND11_MODULE(_C, m) {
           step.whole = whole;
           zf::deconv_step_cpu(step, threads);
         });
+  m.def("strongest_cpu", [](const TensorTuple& maps, uintptr_t units, int64_t count, uintptr_t index, int threads) {
+    py::gil_scoped_release release;
+    zf::strongest_cpu(view(maps), reinterpret_cast<const int64_t*>(units), count, reinterpret_cast<int64_t*>(index),
+                      threads);
+  });
   m.def("packed_filters_bytes_cpu", [](const TensorTuple& weight, const WindowTuple& conv, int64_t groups) {
     return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, window(conv), groups);
   });

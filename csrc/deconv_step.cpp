@@ -712,7 +712,7 @@ struct Engine {
     // Whole patches where there are enough of them; else bands, whose edges are worked twice.
     const int64_t bands = count >= 2 * threads ? 1 : smaller(step.out.h(), ceil_div(2 * threads, count));
     const int64_t band = ceil_div(step.out.h(), bands);
-    const int64_t together = bands > 1 ? 1 : smaller(patches_at_once(), ceil_div(count, 2 * threads));
+    const int64_t together = bands > 1 ? 1 : smaller(patches_at_once(), ceil_div(count, 4 * threads));
     const bool direct = direct_layout && bands == 1;
     const T* filters = static_cast<const T*>(step.filters);
     if (!filters) {

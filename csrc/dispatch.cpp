@@ -5,6 +5,7 @@
 #include <string>
 
 #include "max_pool2d_with_switches.h"
+#include "strongest.h"
 #include "unpool_relu2d.h"
 #include "unpool_relu_conv_transpose2d.h"
 
@@ -109,6 +110,10 @@ int64_t unpool_relu_conv_transpose2d_cpu(const View& y, const View& switches, co
                                          const int64_t unpooled[2], const Window& pool, const Window& conv,
                                          int64_t groups, Overlap overlap, int threads) {
   ZF_DISPATCH(unpool_relu_conv_transpose2d(y, switches, weight, out, unpooled, pool, conv, groups, overlap, threads))
+}
+
+void strongest_cpu(const View& maps, const int64_t* units, int64_t count, int64_t* index, int threads) {
+  ZF_DISPATCH(strongest(maps, units, count, index, threads))
 }
 
 void deconv_step_cpu(const DeconvStep& step, int threads) { ZF_DISPATCH(deconv_step(step, threads)) }

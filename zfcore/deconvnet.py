@@ -41,7 +41,11 @@ from zfcore.network import (
     resolve_layer,
     rule_of_call,
 )
-from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d, unpool_relu_conv_transpose2d
+from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
+from zfcore.ops.deconv_step import deconv_step
+from zfcore.ops.strongest import strongest
+from zfcore.reference._params import StepParams
+from zfcore.reference.deconv_step import cut
 
 __all__ = ["Projection", "deconv_project", "iter_projections"]
 
@@ -49,7 +53,7 @@ _INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 RULES = ("deconvnet", "guided", "gradient")
 SEEDS = ("activation", "one")
 OVERLAPS = ("sum", "last")
-SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
@@ -125,7 +129,7 @@ def deconv_project(
             order.
         crop: return the receptive field only. Networks on the dense path have no geometry: the field is the
             image.
-        batch_size: seeds worked at once. None picks it so that their signals take about 256 MB.
+        batch_size: seeds worked at once. None picks it so that their signals take about 128 MB.
         strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense
             path.
         progress: draw a bar that counts projections.
@@ -142,12 +146,16 @@ def deconv_project(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
     job = _Job(model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict)
-    parts, first = job.nothing(), 0
-    parts = {name: value.new_empty((job.count, *value.shape[1:])) for name, value in parts.items()}
+    first = 0
+    with torch.inference_mode(False):
+        parts = {
+            name: value.new_empty((job.count, *value.shape[1:])) for name, value in job.nothing().items()
+        }
     with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
-        for part in job.run():
+        for part in job.run(parts["pixels"]):
             for name, value in part.items():
-                parts[name][first : first + len(value)] = value
+                if name != "pixels":  # which are there already
+                    parts[name][first : first + len(value)] = value
             first += len(part["pixels"])
             bar.update(len(part["pixels"]))
     shaped = {name: value.unflatten(0, (len(job.images), len(job.units))) for name, value in parts.items()}
@@ -358,10 +366,14 @@ class _Job:
         ):
             yield
 
-    def run(self) -> Iterator[dict[str, Tensor]]:
-        """The projections, in order, as dicts of Projection's tensors along one axis."""
+    def run(self, pixels: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """The projections, in order, as dicts of Projection's tensors along one axis.
+
+        pixels: [N * U, C, h, w] that they are written into, or None for new ones.
+        """
         for begin, end in self.runner.image_batches():
-            parts = self.runner.run(begin, end)
+            own = None if pixels is None else pixels[begin * len(self.units) : end * len(self.units)]
+            parts = self.runner.run(begin, end, own)
             while True:
                 with self.working():  # not while the caller has the batch
                     part = next(parts, None)
@@ -384,53 +396,35 @@ class _Job:
         }
 
     def locate(
-        self, activations: Tensor, begin: int, units: range | None = None
+        self, maps: Tensor, begin: int, units: range | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The seeds of images [begin, begin + n).
 
         Returns positions [n, U, 2] (on the CPU), values [n, U], and the activations that they report [n, U].
 
-        activations: [n, U, H, W] of the chosen units, or of `units` among these by place.
+        maps: [n, C, H, W], the layer's. units: those of the job's, by place, None for all.
         """
-        n, u, h, w = activations.shape
-        flat = activations.reshape(n, u, h * w)
+        n, _, h, w = maps.shape
+        ids = (self.units if units is None else self.units[units.start : units.stop]).to(self.device)
         if isinstance(self.positions, Tensor):
             positions = self.positions[begin : begin + n]
             positions = positions if units is None else positions[:, units.start : units.stop]
-            index = (positions[..., 0] * w + positions[..., 1]).to(self.device)
         elif self.positions == "all":
-            return torch.full((n, u, 2), -1, device="cpu"), flat.sum(-1), flat.sum(-1)
+            totals = maps[:, ids].flatten(2).sum(-1)
+            return torch.full((n, len(ids), 2), -1, device="cpu"), totals, totals
         else:
-            nan = flat.isnan()
-            index = torch.where(nan, torch.full_like(flat, -torch.inf), flat).argmax(-1, keepdim=True)
-            # Among nothing but NaN and -inf the first -inf is the strongest.
-            present = (~nan).byte().argmax(-1, keepdim=True)
-            index = torch.where(nan.gather(-1, index), present, index).squeeze(-1)
-            place = index.cpu()
+            place = strongest(maps, ids).cpu()
             positions = torch.stack((place // w, place % w), -1)
-        values = flat.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        at = positions.to(self.device)
+        values = maps[torch.arange(n, device=self.device)[:, None], ids, at[..., 0], at[..., 1]]
         return positions, (torch.ones_like(values) if self.seed == "one" else values), values
 
     def seed_maps(self, activations: Tensor) -> Tensor:
-        """positions="all": the maps [n, U, H, W] that seed the way down."""
+        """positions="all": the maps that seed the way down."""
         return torch.ones_like(activations) if self.seed == "one" else activations
 
 
 # ---- The engine --------------------------------------------------------------------------------------------
-
-
-def _cut(maps: Tensor, which: Tensor, origin: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows of `size` at `origin` [B, 2] out of maps[which]: [B, C, h, w], channels last.
-
-    Zeros where a window reaches past its map.
-    """
-    height, width = maps.shape[-2:]
-    y = origin[:, :1] + torch.arange(size[0], device=origin.device)  # [B, h]
-    x = origin[:, 1:] + torch.arange(size[1], device=origin.device)  # [B, w]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    cut = maps.permute(0, 2, 3, 1)[which[:, None, None], y[:, :, None], x[:, None, :]]  # [B, h, w, C]
-    return cut.masked_fill_(~inside.unsqueeze(-1), 0).permute(0, 3, 1, 2)
 
 
 class _Seeds:
@@ -458,6 +452,30 @@ class _Seeds:
         return position * jump + torch.tensor(field.offset, device=position.device)
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """Stages that one `deconv_step` undoes: a pool and a rectifier, where there are any, above a convolution.
+
+    scales: what multiplies the signal between the rectifier and the convolution's filters.
+    """
+
+    conv: Stage
+    pool: Stage | None
+    relu: Stage | None
+    scales: tuple[Stage, ...]
+
+    def scale(self, dtype: torch.dtype) -> Tensor | None:
+        """[K], or None for one."""
+        if not self.scales:
+            return None
+        weight = self.conv.options["weight"]()
+        total = torch.ones(len(weight), dtype=dtype, device=weight.device)
+        for stage in self.scales:
+            scale = _scale(stage)
+            total = total * (scale.to(dtype).flatten() if isinstance(scale, Tensor) else scale)
+        return total
+
+
 class _Engine:
     """The way up once an image batch, and the way down for batches of seeds."""
 
@@ -469,6 +487,7 @@ class _Engine:
         self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
         self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
         self.plan_fields()
+        self.chains = {stage: self.chain(stage) for stage in network.stages}
         seen = self.seen[network.stages[0]]
         size = seen.size if job.crop and seen is not None else job.images.shape[-2:]
         self.picture_shape = (job.images.shape[1], *size)
@@ -489,6 +508,26 @@ class _Engine:
             fits = union is not None and len(stage.shape) == 3
             small = fits and (union.size[0] < stage.shape[1] or union.size[1] < stage.shape[2])
             self.patch[stage] = union if carried and small and stage.kind != "map" else None
+
+    def chain(self, stage: Stage) -> _Chain | None:
+        """What can be undone at once from this stage down, or None."""
+        pool = relu = None
+        scales: list[Stage] = []
+        top = stage
+        while True:
+            if stage is not top and len(self.consumers[stage]) > 1:
+                return None  # what comes down here comes from elsewhere, too
+            if stage.kind == "conv":
+                return _Chain(stage, pool, relu, tuple(scales))
+            if stage.kind == "max_pool" and stage is top:
+                pool = stage
+            elif stage.kind == "relu" and not relu and not scales and not stage.options["rectifier"].slope:
+                relu = stage
+            elif stage.kind in ("batch_norm", "scale"):
+                scales.append(stage)
+            elif stage.kind not in ("identity", "lrn"):
+                return None
+            stage = stage.inputs[0]
 
     @staticmethod
     def below(field: Field | None, reader: Stage) -> Field | None:
@@ -525,7 +564,10 @@ class _Engine:
                 if stage.kind == "map":
                     kept[stage] = inputs
                 elif stage.kind == "relu" and self.job.rule != "deconvnet":
-                    kept[stage] = stage.options["rectifier"].derivative(inputs[0])
+                    slope = stage.options["rectifier"].derivative(inputs[0])
+                    kept[stage] = (
+                        slope.contiguous(memory_format=torch.channels_last) if slope.dim() == 4 else slope
+                    )
                 elif stage.kind == "avg_pool" and callable(stage.options["share"]):
                     kept[stage] = stage.options["share"](inputs[0])
             values[stage] = value
@@ -536,9 +578,11 @@ class _Engine:
         return values[self.network.layer], kept
 
     def keep_switches(self, stage: Stage, switches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Switches, channels last, and with overlap="last" which windows keep their place to themselves."""
+        """Switches, channels last; and with overlap="last", where no `deconv_step` sees to it, which windows
+        keep their place to themselves.
+        """
         winners = None
-        if self.job.overlap == "last":
+        if self.job.overlap == "last" and self.chains[stage] is None:
             w = stage.window
             ones = torch.ones((len(switches), *stage.inputs[0].shape), device=switches.device)
             winners = (
@@ -552,22 +596,25 @@ class _Engine:
         if self.job.batch_size is not None:
             return self.job.batch_size
         item = torch.finfo(self.job.dtype).bits // 8
-        sizes = []
-        for stage in self.network.stages:
+        sizes, held = [], {self.network.layer}  # the stages whose signals are ever in memory
+        for stage in reversed(self.network.stages):
+            if stage not in held:
+                continue
+            chain = self.chains[stage]
+            held.update(stage.inputs if chain is None else (chain.conv.inputs[0],))
             field = self.patch[stage]
             sizes.append(
                 stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
             )
-        sizes.append(torch.Size(self.job.images.shape[1:]).numel() if not self.job.crop else 0)
+        sizes.append(torch.Size(self.picture_shape).numel())
         return max(1, min(4096, SCRATCH_BYTES // (3 * max(sizes) * item)))
 
-    def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
+    def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         job = self.job
         activations, kept = self.up(job.images[begin:end])
         if activations.dim() == 2:
             activations = activations[:, :, None, None]
-        chosen = activations[:, job.units.to(job.device)]
-        positions, seeds, reported = job.locate(chosen, begin)
+        positions, seeds, reported = job.locate(activations, begin)
         n, u = reported.shape
         image = torch.arange(n, device=job.device).repeat_interleave(u)
         unit = job.units.to(job.device).repeat(n)
@@ -578,10 +625,14 @@ class _Engine:
             batch = _Seeds(image[part], unit[part], position[part], value[part])
             maps = None
             if job.positions == "all":
-                maps = job.seed_maps(chosen).flatten(0, 1)[part]
-            pixels = self.down(batch, kept, maps)
+                maps = job.seed_maps(activations[batch.image, batch.unit])
+            if pixels is None:
+                own = torch.empty((len(batch), *self.picture_shape), dtype=job.dtype, device=job.device)
+            else:
+                own = pixels[part]
+            self.down(batch, kept, maps, own)
             yield {
-                "pixels": pixels,
+                "pixels": own,
                 "boxes": self.boxes(batch),
                 "activations": reported.reshape(-1)[part].clone(),
                 "positions": position[part].to(job.device),
@@ -597,82 +648,42 @@ class _Engine:
         start = seeds.origin(field)
         return torch.cat((start, start + torch.tensor(field.size, device=start.device)), 1)
 
-    def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None) -> Tensor:
-        """Pixels [B, C, H, W] of the seeds, or [B, C, h, w] with crop=True."""
-        signals: dict[Stage, Tensor] = {}
-        self.start(seeds, kept, maps, signals)
+    def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None, pixels: Tensor) -> None:
+        """Fills pixels [B, C, H, W], or [B, C, h, w] with crop=True, of the seeds."""
+        picture = self.network.stages[0]
+        signals = {self.network.layer: self.start(seeds, maps)}
         for stage in reversed(self.network.stages):
-            if stage.kind == "input":
+            if stage is picture:
                 break
             signal = signals.pop(stage, None)
             if signal is not None:
-                self.undo(stage, signal, seeds, kept, signals)
-        picture = self.network.stages[0]
+                self.undo(stage, signal, seeds, kept, signals, pixels)
         signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
+        if signal is pixels:
+            return
         everything = torch.arange(len(seeds), device=signal.device)
-        if field is not None:
-            return signal if self.job.crop else self.whole(picture, signal, seeds)
-        if self.job.crop and seen is not None:
-            return _cut(signal, everything, seeds.origin(seen), seen.size)
-        return signal
+        if field is not None and not self.job.crop:
+            signal = self.whole(picture, signal, seeds)
+        elif field is None and self.job.crop and seen is not None:
+            signal = cut(signal, everything, seeds.origin(seen), seen.size)
+        pixels.copy_(signal)
 
-    def start(self, seeds: _Seeds, kept: dict, maps: Tensor | None, signals: dict) -> None:
-        """Puts the seeds into the layer, and takes them down while they are one number each."""
+    def start(self, seeds: _Seeds, maps: Tensor | None) -> Tensor:
+        """The signal at the layer: each seed in an otherwise empty map, or a patch of one position."""
         stage, value = self.network.layer, seeds.value
-        if self.patch[stage] is None:  # features, a unit's whole map, or a layer that needs whole maps
-            signal = value.new_zeros((len(seeds), *stage.shape))
-            rows = torch.arange(len(seeds), device=value.device)
-            if maps is not None:
-                signal[rows, seeds.unit] = maps if signal.dim() == 4 else maps[:, 0, 0]
-            elif signal.dim() == 4:
-                signal[rows, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]] = value
-            else:
-                signal[rows, seeds.unit] = value
-            signals[stage] = signal
-            return
-        while (
-            stage.kind in ("relu", "identity", "lrn", "batch_norm", "scale") and self.patch[stage.inputs[0]]
-        ):
-            if stage.kind == "relu":
-                rectifier = stage.options["rectifier"]
-                if self.job.rule != "gradient":
-                    value = rectifier.rectify(value)
-                if self.job.rule != "deconvnet":
-                    slope = kept[stage][seeds.image, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]]
-                    value = _times(value, slope)
-            elif stage.kind in ("batch_norm", "scale"):
-                scale = _scale(stage)
-                value = value * (
-                    scale[seeds.unit, 0, 0].to(value.dtype) if isinstance(scale, Tensor) else scale
-                )
-            stage = stage.inputs[0]
-        if stage.kind == "conv" and self.patch[stage.inputs[0]]:
-            signals[stage.inputs[0]] = self.clip(
-                stage.inputs[0], self.first_filters(stage, seeds.unit, value), seeds
-            )
-            return
-        signal = value.new_zeros((len(seeds), stage.shape[0], 1, 1))
-        signal[torch.arange(len(seeds), device=value.device), seeds.unit] = value[:, None, None]
-        signals[stage] = signal
-
-    @staticmethod
-    def first_filters(stage: Stage, unit: Tensor, value: Tensor) -> Tensor:
-        """The first transposed convolution is no convolution: a seed times its filter."""
-        weight, groups = stage.options["weight"](), stage.options["groups"]
-        dilation = stage.window.dilation
-        filters = weight[unit] * value[:, None, None, None]  # [B, C/groups, kh, kw]
-        if groups > 1:
-            wide = filters.new_zeros((len(unit), groups, *filters.shape[1:]))
-            wide[torch.arange(len(unit), device=unit.device), unit // (len(weight) // groups)] = filters
-            filters = wide.flatten(1, 2)
-        if dilation != (1, 1):
-            kh, kw = weight.shape[-2:]
-            spread = filters.new_zeros(
-                (*filters.shape[:2], (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
-            )
-            spread[:, :, :: dilation[0], :: dilation[1]] = filters
-            filters = spread
-        return filters
+        rows = torch.arange(len(seeds), device=value.device)
+        if self.patch[stage] is not None:
+            signal = value.new_zeros((len(seeds), stage.shape[0], 1, 1))
+            signal[rows, seeds.unit, 0, 0] = value
+            return signal
+        signal = value.new_zeros((len(seeds), *stage.shape))  # features, whole maps, or what needs them below
+        if maps is not None:
+            signal[rows, seeds.unit] = maps if signal.dim() == 4 else maps[:, 0, 0]
+        elif signal.dim() == 4:
+            signal[rows, seeds.unit, seeds.position[:, 0], seeds.position[:, 1]] = value
+        else:
+            signal[rows, seeds.unit] = value
+        return signal
 
     def clip(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
         """Drops what a patch brought to places outside its map, which are no units of the layer."""
@@ -691,28 +702,42 @@ class _Engine:
     def whole(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
         """Patches put into whole maps."""
         everything = torch.arange(len(seeds), device=signal.device)
-        return _cut(signal, everything, -seeds.origin(self.patch[stage]), stage.shape[-2:])
+        return cut(signal, everything, -seeds.origin(self.patch[stage]), stage.shape[-2:])
 
-    def send(self, target: Stage, signal: Tensor, field: Field | None, seeds: _Seeds, signals: dict) -> None:
+    def send(
+        self,
+        target: Stage,
+        signal: Tensor,
+        field: Field | None,
+        seeds: _Seeds,
+        signals: dict,
+        clipped: bool = False,
+    ) -> None:
         """Adds what came down on one way to the target's signal.
 
-        field: the patch that `signal` is, or None.
+        field: the patch that `signal` is, or None. clipped: whether it is zero outside its map already.
         """
         own = self.patch[target]
         if field is not None and own is None:
             everything = torch.arange(len(seeds), device=signal.device)
-            signal = _cut(signal, everything, -seeds.origin(field), target.shape[-2:])
+            signal = cut(signal, everything, -seeds.origin(field), target.shape[-2:])
         elif field is not None:
             if field != own:  # another way down has a larger field: this patch lies inside the union
                 before = [a - b for a, b in zip(field.offset, own.offset)]
                 after = [n - b - m for n, b, m in zip(own.size, before, field.size)]
                 signal = F.pad(signal, (before[1], after[1], before[0], after[0]))
-            signal = self.clip(target, signal, seeds)
+            signal = signal if clipped else self.clip(target, signal, seeds)
         signals[target] = signals[target] + signal if target in signals else signal
 
-    def undo(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
-        """One stage down: from the signal at its output to those at its inputs."""
+    def undo(
+        self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict, pixels: Tensor
+    ) -> None:
+        """One stage down, or several at once: from the signal at its output to those at its inputs."""
         job, field = self.job, self.patch[stage]
+        chain = self.chains[stage]
+        if chain is not None:
+            self.step(stage, chain, signal, seeds, kept, signals, pixels)
+            return
         if stage.kind == "map":
             inputs = [x[seeds.image] for x in kept[stage]]
             for source, g in zip(stage.inputs, _vjp(stage.run, inputs, signal)):
@@ -732,27 +757,20 @@ class _Engine:
         source = stage.inputs[0]
         down = field and self.below(field, stage)
         if stage.kind == "max_pool":
-            conv = self.fusable(stage)
-            if conv is not None:
-                signal, down = self.step(stage, conv, signal, seeds, kept)
-                source = conv.inputs[0]
-            else:
-                signal = self.unpool(stage, signal, seeds, kept)
-        elif stage.kind == "conv":
-            signal = _conv_transpose(stage, signal, down and down.size)
+            signal = self.unpool(stage, signal, seeds, kept)
         elif stage.kind == "relu":
             if job.rule != "gradient":
                 signal = stage.options["rectifier"].rectify(signal)
             if job.rule != "deconvnet":
                 slope = kept[stage]
                 slope = (
-                    _cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
+                    cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
                 )
                 signal = _times(signal, slope)
         elif stage.kind == "avg_pool":
             share = kept.get(stage, stage.options["share"])
             if field and isinstance(share, Tensor):
-                share = _cut(share, torch.zeros_like(seeds.image), seeds.origin(field), field.size)
+                share = cut(share, torch.zeros_like(seeds.image), seeds.origin(field), field.size)
             signal = _avg_transpose(stage, signal * share, down and down.size)
         elif stage.kind == "pad":
             signal = signal if field else _fit(signal, stage.window.padding, source.shape[1:])
@@ -761,36 +779,20 @@ class _Engine:
             signal = signal * (scale.to(signal.dtype) if isinstance(scale, Tensor) else scale)
         self.send(source, signal, down, seeds, signals)
 
-    def fusable(self, pool: Stage) -> Stage | None:
-        """The convolution that pool <- ReLU <- conv ends in, where the three can run as one op."""
-        relu = pool.inputs[0]
-        if self.job.rule != "deconvnet" or relu.kind != "relu" or relu.options["rectifier"].slope:
-            return None
-        conv = relu.inputs[0]
-        alone = len(self.consumers[relu]) == 1 and len(self.consumers[conv]) == 1
-        small = pool.window.kernel[0] * pool.window.kernel[1] <= 255
-        if conv.kind != "conv" or not alone or not small:
-            return None
-        kinds = {self.patch[stage] is None for stage in (pool, conv, conv.inputs[0])}
-        # On whole maps the op pads alike on both sides; padding="same" with an even kernel does not.
-        even = self.patch[pool] is not None or conv.options["even_padding"]
-        return conv if len(kinds) == 1 and even else None
-
     def switches(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Tensor]:
         """The signal and the switches of each seed.
 
         With overlap="last", what later windows overwrite is dropped from the signal.
         """
         field = self.patch[pool]
+
+        def own(maps):
+            return cut(maps, seeds.image, seeds.origin(field), field.size) if field else maps[seeds.image]
+
         switches, winners = kept[pool]
-        if field is None:
-            cut = lambda maps: maps[seeds.image]  # noqa: E731
-        else:
-            origin = seeds.origin(field)
-            cut = lambda maps: _cut(maps, seeds.image, origin, field.size)  # noqa: E731
         if winners is not None:
-            signal = signal.masked_fill(~cut(winners), 0)
-        return signal, cut(switches)
+            signal = signal.masked_fill(~own(winners), 0)
+        return signal, own(switches)
 
     def unpool(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> Tensor:
         field, w = self.patch[pool], pool.window
@@ -803,23 +805,53 @@ class _Engine:
         return unpool2d(signal, switches, w.kernel, w.stride, 0, w.dilation, field.through(w).size)
 
     def step(
-        self, pool: Stage, conv: Stage, signal: Tensor, seeds: _Seeds, kept: dict
-    ) -> tuple[Tensor, Field | None]:
-        """pool <- ReLU <- conv, as one op that never makes the unpooled map."""
-        field, w, c = self.patch[pool], pool.window, conv.window
-        signal, switches = self.switches(pool, signal, seeds, kept)
-        options = dict(stride=c.stride, padding=c.padding, dilation=c.dilation, groups=conv.options["groups"])
-        pooling = dict(kernel_size=w.kernel, stride=w.stride, padding=w.padding, dilation=w.dilation)
-        if field is None:
-            down, size = None, conv.inputs[0].shape[1:]
+        self,
+        top: Stage,
+        chain: _Chain,
+        signal: Tensor,
+        seeds: _Seeds,
+        kept: dict,
+        signals: dict,
+        pixels: Tensor,
+    ) -> None:
+        """A chain down as one op, which never makes the unpooled map."""
+        conv, source, field, rule = chain.conv, chain.conv.inputs[0], self.patch[top], self.job.rule
+        picture = source.kind == "input" and source not in signals and len(self.consumers[source]) == 1
+        own = self.patch[source]
+        down = None
+        if own is not None and not (picture and not self.job.crop):
+            down = self.below(field, chain.pool).through(conv.window) if chain.pool else field.through(conv.window)
+        params = StepParams(
+            pool=chain.pool and chain.pool.window,
+            conv=conv.window,
+            groups=conv.options["groups"],
+            map=tuple(conv.shape[1:]),
+            below=tuple(source.shape[1:]),
+            whole=down is None,
+            rectify=chain.relu is not None and rule != "gradient",
+            overlap=self.job.overlap,
+        )
+        size = params.reach(tuple(signal.shape[2:]))[1]
+        out = pixels if picture and (len(pixels), source.shape[0], *size) == tuple(pixels.shape) else None
+        signal = deconv_step(
+            signal,
+            conv.options["weight"](),
+            params,
+            seeds.image,
+            seeds.origin(field) if field else torch.zeros_like(seeds.position),
+            kept[chain.pool][0] if chain.pool else None,
+            kept[chain.relu] if chain.relu and rule != "deconvnet" else None,
+            chain.scale(signal.dtype),
+            out,
+        )
+        if out is not None:
+            signals[source] = signal
+        elif own is not None and down is None:  # the picture whole, where a patch would do
+            signals[source] = cut(
+                signal, torch.arange(len(seeds), device=signal.device), seeds.origin(own), own.size
+            )
         else:
-            down = field.through(w).through(c)
-            size = down.size
-            options["padding"] = pooling["padding"] = 0
-        weight = conv.options["weight"]().detach()
-        return unpool_relu_conv_transpose2d(
-            signal, switches, weight, pool=pooling, conv=options, output_size=size
-        ), down
+            self.send(source, signal, down, seeds, signals, clipped=True)
 
 
 def _scale(stage: Stage) -> Tensor | float:
@@ -840,15 +872,6 @@ def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor
     if not any(before) and not any(after):
         return full
     return F.pad(full, (-before[1], after[1], -before[0], after[0]))
-
-
-def _conv_transpose(conv: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
-    """The transposed filters, without bias. patch: the patch's size, or None for whole maps."""
-    w = conv.window
-    full = F.conv_transpose2d(
-        signal, conv.options["weight"](), None, w.stride, 0, 0, conv.options["groups"], w.dilation
-    )
-    return full if patch else _fit(full, w.padding, conv.inputs[0].shape[1:])
 
 
 def _avg_transpose(pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
@@ -1032,17 +1055,20 @@ class _Dense:
             return contextlib.nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.is_leaf else x.clone(), lambda x: x)
 
-    def run(self, begin: int, end: int) -> Iterator[dict[str, Tensor]]:
+    def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         step = len(self.job.units) if end - begin > 1 else self.seeds_at_once()
         for first in range(0, len(self.job.units), step):
             units = range(first, min(first + step, len(self.job.units)))
             try:
-                yield self.part(begin, end, units)
+                part = self.part(begin, end, units)
             except RuntimeError as error:
                 if self.overwritten or "modified by an inplace operation" not in str(error):
                     raise
                 self.overwritten = True
-                yield self.part(begin, end, units)
+                part = self.part(begin, end, units)
+            if pixels is not None:
+                pixels[first * (end - begin) :][: len(part["pixels"])] = part["pixels"]
+            yield part
 
     def part(self, begin: int, end: int, units: range) -> dict[str, Tensor]:
         """Some units, by their place in the job's, of images [begin, end)."""
@@ -1055,15 +1081,14 @@ class _Dense:
         maps = output.detach()
         maps = maps[:, :, None, None] if maps.dim() == 2 else maps
         ids = job.units[units.start : units.stop]
-        chosen = maps[:, ids.to(job.device)]
-        positions, seeds, reported = job.locate(chosen, begin, units)
+        positions, seeds, reported = job.locate(maps, begin, units)
         n, u = reported.shape
         pixels = leaf.new_empty((n, u, *leaf.shape[1:]))
         rows = torch.arange(n, device=job.device)
         for i, unit in enumerate(ids.tolist()):
             seed = torch.zeros_like(maps)
             if job.positions == "all":
-                seed[:, unit] = job.seed_maps(chosen)[:, i]
+                seed[:, unit] = job.seed_maps(maps[:, unit])
             else:
                 at = positions[:, i].to(job.device)
                 seed[rows, unit, at[:, 0], at[:, 1]] = seeds[:, i]

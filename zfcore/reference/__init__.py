@@ -6,6 +6,7 @@ These are the definitions that the kernels are tested against, and the fallback 
 from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
 from zfcore.reference.pool_gather2d import pool_gather2d
+from zfcore.reference.strongest import strongest
 from zfcore.reference.unpool2d import unpool2d
 from zfcore.reference.unpool_relu2d import unpool_relu2d
 from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_transpose2d
@@ -14,6 +15,7 @@ __all__ = [
     "deconv_step",
     "max_pool2d_with_switches",
     "pool_gather2d",
+    "strongest",
     "unpool2d",
     "unpool_relu2d",
     "unpool_relu_conv_transpose2d",

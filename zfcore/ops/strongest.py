@@ -1,0 +1,48 @@
+"""Where units are strongest."""
+
+from __future__ import annotations
+
+import torch
+
+from zfcore import reference
+from zfcore.errors import DtypeError, ShapeError, UnitNotFound
+from zfcore.ops import _boundary
+from zfcore.ops._library import choosing, native
+
+
+def _cpu(maps, units):
+    units = units.contiguous()
+    index = torch.empty((len(maps), len(units)), dtype=torch.int64, device="cpu")
+    native.strongest_cpu(
+        _boundary.view(maps), _boundary.address(units), len(units), _boundary.address(index), _boundary.threads()
+    )
+    return index
+
+
+_run = choosing(
+    "strongest", {"reference": reference.strongest, "cpu": _cpu, "cuda": reference.strongest}
+)  # on CUDA torch's own reductions are the kernel
+
+
+def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """The position of the largest value of each chosen map.
+
+    Args:
+        maps: [N, C, H, W] float, any layout, none of H and W 0.
+        units: [U] int64, each under C.
+
+    Returns:
+        [N, U] int64, y * W + x: NaN is passed over, the first of equals is taken, and 0 where all are NaN.
+
+    Raises:
+        ShapeError, DtypeError, UnitNotFound: the arguments do not belong together.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.1.
+    """
+    if maps.dim() != 4 or 0 in maps.shape[2:]:
+        raise ShapeError(f"maps of shape {tuple(maps.shape)}: expected [N, C, H, W], H and W not 0")
+    if not maps.is_floating_point() or units.dtype != torch.int64 or units.dim() != 1:
+        raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
+    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < maps.size(1):
+        raise UnitNotFound(f"units: {units.tolist()}: expected 0 to {maps.size(1) - 1}")
+    return _run(maps, units)
