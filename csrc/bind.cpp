@@ -136,7 +136,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("deconv_step_cpu",
         [](const TensorTuple& signal, const std::optional<TensorTuple>& switches,
            const std::optional<TensorTuple>& passes, const TensorTuple& weight, uintptr_t filters,
-           const TensorTuple& out, uintptr_t image, uintptr_t origin, const Pair& map, const Pair& below,
+           const TensorTuple& out, uintptr_t image, uintptr_t origin, uintptr_t frame, const Pair& map, const Pair& below,
            const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool rectify, bool overlap_last,
            bool whole, int threads) {
           py::gil_scoped_release release;
@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
           step.out = output(out);
           step.image = reinterpret_cast<const int64_t*>(image);
           step.origin = reinterpret_cast<const int64_t*>(origin);
+          step.frame = reinterpret_cast<const int64_t*>(frame);
           for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
           step.pool = window(pool);
           step.conv = window(conv);

@@ -308,6 +308,7 @@ struct Engine {
     int64_t rows[2], columns[2];     // the patch's windows inside the map: [begin, end)
     int64_t map_rows[2], map_columns[2];  // all windows of the map, from the patch's corner
     int64_t place_y, place_x;        // where the patch's first place lies in the map
+    int64_t out[2];                  // where its output begins in the map below
   };
 
   int64_t pack_bytes() const {
@@ -331,6 +332,8 @@ struct Engine {
     }
     patch.place_y = origin[0] * pool.stride[0] - pool.padding[0];
     patch.place_x = origin[1] * pool.stride[1] - pool.padding[1];
+    for (int axis = 0; axis < 2; ++axis)
+      patch.out[axis] = !step.whole ? canvas_in_map(patch, axis) : step.frame ? step.frame[2 * b + axis] : 0;
     const int64_t c = step.signal.c(), h = step.signal.h(), w = step.signal.w();
     const auto use = [&](View& v, void* data) {
       v.data = data;
@@ -664,7 +667,7 @@ struct Engine {
   int64_t canvas_in_map(const Patch& patch, int axis) const {
     return (axis ? patch.place_x : patch.place_y) * conv.stride[axis] - conv.padding[axis];
   }
-  int64_t first_out_row(const Patch& patch) const { return step.whole ? -canvas_in_map(patch, 0) : 0; }
+  int64_t first_out_row(const Patch& patch) const { return patch.out[0] - canvas_in_map(patch, 0); }
 
   // Zeros what a patch brought to places outside its map.
   void clip(const Patch& patch, T* out) const {
@@ -686,9 +689,9 @@ struct Engine {
   void copy_out(const Patch& patch, const T* canvas, int64_t b, int64_t group, int64_t begin, int64_t end,
                 int64_t canvas_first, int64_t rows) const {
     const View& out = step.out;
-    const int64_t y0 = step.whole ? 0 : canvas_in_map(patch, 0), x0 = step.whole ? 0 : canvas_in_map(patch, 1);
+    const int64_t y0 = patch.out[0], x0 = patch.out[1];
     const int64_t shift_y = first_out_row(patch) - canvas_first;
-    const int64_t shift_x = step.whole ? -canvas_in_map(patch, 1) : 0;
+    const int64_t shift_x = x0 - canvas_in_map(patch, 1);
     const int64_t left = larger(larger(0, -x0), -shift_x);
     const int64_t right = larger(left, smaller(smaller(out.w(), step.below[1] - x0), canvas_w - shift_x));
     const int64_t elements = row_elements(false);

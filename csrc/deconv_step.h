@@ -6,7 +6,8 @@
 //
 // What reaches over the edges of a map is no unit of it: those windows and places are passed over, and their outputs
 // are zero. The patch of the result begins at origin * pool.stride - pool.padding, times conv.stride, less
-// conv.padding, and is as large as its windows reach; with `whole` it is the map itself. Products with an exact zero
+// conv.padding, and is as large as its windows reach; with `whole` it is the map itself, or what `frame` cuts out of it.
+// Products with an exact zero
 // of u are skipped (so 0 x inf and 0 x NaN of the weights give 0).
 // Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 #pragma once
@@ -23,6 +24,7 @@ struct DeconvStep {
   View out;                         // [B, C, H, W]
   const int64_t* image = nullptr;   // [B]; null: the b-th
   const int64_t* origin = nullptr;  // [B][2], rows then columns; null: 0, 0
+  const int64_t* frame = nullptr;   // [B][2], with whole: where out begins in the map below; null: 0, 0
   int64_t map[2] = {0, 0};          // the size of the map that u is about
   int64_t below[2] = {0, 0};        // the size of the map that out is about
   Window pool{};                    // kernel and stride 1 without a pool

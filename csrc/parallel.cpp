@@ -67,8 +67,8 @@ void parallel_ranges(int64_t n, int64_t grain, int threads, RangeFn fn, void* co
     fn(context, 0, n);
     return;
   }
-  // A few ranges a thread: they even out cores that other work slows down, and still amortise the scratch.
-  const int64_t pieces = std::min<int64_t>(wanted * 4, (n + grain - 1) / grain);
+  // Several ranges a thread: they even out unequal tasks and cores that other work slows down.
+  const int64_t pieces = std::min<int64_t>(wanted * 16, (n + grain - 1) / grain);
   std::exception_ptr failure;
   std::mutex guard;
   const auto piece = [&](int64_t i) {

@@ -711,11 +711,12 @@ class _Engine:
         field: Field | None,
         seeds: _Seeds,
         signals: dict,
-        clipped: bool = False,
+        fresh: bool = False,
     ) -> None:
         """Adds what came down on one way to the target's signal.
 
-        field: the patch that `signal` is, or None. clipped: whether it is zero outside its map already.
+        field: the patch that `signal` is, or None. fresh: it is a step's own result, which nothing else holds and
+        which is zero outside its map already.
         """
         own = self.patch[target]
         if field is not None and own is None:
@@ -726,8 +727,10 @@ class _Engine:
                 before = [a - b for a, b in zip(field.offset, own.offset)]
                 after = [n - b - m for n, b, m in zip(own.size, before, field.size)]
                 signal = F.pad(signal, (before[1], after[1], before[0], after[0]))
-            signal = signal if clipped else self.clip(target, signal, seeds)
-        signals[target] = signals[target] + signal if target in signals else signal
+            signal = signal if fresh else self.clip(target, signal, seeds)
+        if target in signals:
+            signal = signal.add_(signals[target]) if fresh else signal + signals[target]
+        signals[target] = signal
 
     def undo(
         self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict, pixels: Tensor
@@ -831,8 +834,11 @@ class _Engine:
             rectify=chain.relu is not None and rule != "gradient",
             overlap=self.job.overlap,
         )
-        size = params.reach(tuple(signal.shape[2:]))[1]
-        out = pixels if picture and (len(pixels), source.shape[0], *size) == tuple(pixels.shape) else None
+        frame = out = None
+        if picture:  # straight into the pixels
+            seen, out = self.seen[source], pixels
+            if self.job.crop and down is None and seen is not None:
+                frame = (seeds.origin(seen), seen.size)
         signal = deconv_step(
             signal,
             conv.options["weight"](),
@@ -842,16 +848,13 @@ class _Engine:
             kept[chain.pool][0] if chain.pool else None,
             kept[chain.relu] if chain.relu and rule != "deconvnet" else None,
             chain.scale(signal.dtype),
+            frame,
             out,
         )
-        if out is not None:
-            signals[source] = signal
-        elif own is not None and down is None:  # the picture whole, where a patch would do
-            signals[source] = cut(
-                signal, torch.arange(len(seeds), device=signal.device), seeds.origin(own), own.size
-            )
+        if picture:
+            signals[source] = pixels
         else:
-            self.send(source, signal, down, seeds, signals, clipped=True)
+            self.send(source, signal, down, seeds, signals, fresh=True)
 
 
 def _scale(stage: Stage) -> Tensor | float:

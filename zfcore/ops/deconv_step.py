@@ -8,7 +8,7 @@ from zfcore import reference
 from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _boundary, _filters
 from zfcore.ops._library import choosing, native
-from zfcore.reference._params import StepParams
+from zfcore.reference._params import Pair, StepParams
 
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
@@ -41,26 +41,28 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise ShapeError(f"scale of shape {tuple(scale.shape)}: expected [{k}]")
 
 
-def _shape(signal, weight, step):
-    return (len(signal), weight.size(1) * step.groups, *step.reach(tuple(signal.shape[2:]))[1])
+def _shape(signal, weight, step, frame):
+    size = step.reach(tuple(signal.shape[2:]))[1] if frame is None else frame[1]
+    return (len(signal), weight.size(1) * step.groups, *size)
 
 
-def _reference(signal, weight, step, image, origin, switches, passes, scale, out):
-    z = reference.deconv_step(signal, weight, step, image, origin, switches, passes, scale)
+def _reference(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+    z = reference.deconv_step(signal, weight, step, image, origin, switches, passes, scale, frame)
     return z if out is None else out.copy_(z)
 
 
-def _cpu(signal, weight, step, image, origin, switches, passes, scale, out):
+def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     conv = tuple(map(tuple, step.conv))
     filters = _filters.packed(weight, scale, conv, step.groups)
-    shape = _shape(signal, weight, step)
     if out is None:
+        shape = _shape(signal, weight, step, frame)
         out = torch.empty(shape, dtype=signal.dtype, device="cpu", memory_format=torch.channels_last)
     if switches is not None:
         switches = switches.contiguous(memory_format=torch.channels_last)
     if passes is not None:
         passes = passes.contiguous(memory_format=torch.channels_last).view(torch.uint8)
     image, origin = image.contiguous(), origin.contiguous()
+    corner = None if frame is None else frame[0].contiguous()
     native.deconv_step_cpu(
         _boundary.view(signal),
         None if switches is None else _boundary.view(switches),
@@ -70,6 +72,7 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, out):
         _boundary.view(out),
         _boundary.address(image),
         _boundary.address(origin),
+        _boundary.address(corner),
         tuple(step.map),
         tuple(step.below),
         IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
@@ -95,6 +98,7 @@ def deconv_step(
     switches: torch.Tensor | None = None,
     passes: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    frame: tuple[torch.Tensor, Pair] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Takes signal patches one convolution down, as ``zfcore.reference.deconv_step`` defines it.
@@ -109,7 +113,9 @@ def deconv_step(
             not checked again.
         passes: [N, K, *step.map] bool, where the rectifier's input lets a signal pass; None for everywhere.
         scale: [K], multiplies the filters; None for one.
-        out: [B, C, *step.reach((h, w))[1]], any layout, to write the result into.
+        frame: with step.whole, where the result begins in the map below, [B, 2] int64, and its size: a window
+            of the map, which may reach past its edges, instead of the map.
+        out: the result's shape, any layout, to write it into.
 
     Returns:
         [B, C, h', w'], channels last: zero where a patch reaches past its map. The bits do not depend on the
@@ -121,6 +127,9 @@ def deconv_step(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
     _check(signal, weight, step, image, origin, switches, passes, scale)
-    if out is not None and (tuple(out.shape) != _shape(signal, weight, step) or out.dtype != signal.dtype):
-        raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {signal.dtype} {_shape(signal, weight, step)}")
-    return _run(signal, weight, step, image, origin, switches, passes, scale, out)
+    if frame is not None and (not step.whole or frame[0].shape != origin.shape or frame[0].dtype != torch.int64):
+        raise ShapeError(f"frame at {frame[0].dtype} {tuple(frame[0].shape)}: expected int64 [B, 2], with step.whole")
+    shape = _shape(signal, weight, step, frame)
+    if out is not None and (tuple(out.shape) != shape or out.dtype != signal.dtype):
+        raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {signal.dtype} {shape}")
+    return _run(signal, weight, step, image, origin, switches, passes, scale, frame, out)

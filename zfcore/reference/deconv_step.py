@@ -12,12 +12,13 @@ from zfcore.reference.unpool2d import unpool2d
 from zfcore.reference.unpool_relu_conv_transpose2d import skipping_zeros
 
 
-def deconv_step(signal, weight, step: StepParams, image, origin, switches=None, passes=None, scale=None):
+def deconv_step(signal, weight, step: StepParams, image, origin, switches=None, passes=None, scale=None, frame=None):
     """[B, C, h', w'] below the signal patches [B, K, h, w] at ``origin`` [B, 2] in the maps of ``image`` [B].
 
     weight: [K, C / groups, kh, kw]. switches: [N, K, Hp, Wp] uint8 of whole maps, with step.pool. passes: [N, K,
     *step.map] bool; what comes down elsewhere is dropped. scale: [K], multiplies the filters. Windows and
-    places outside their maps bring nothing, and the result is zero outside its map. Products with an exact zero
+    places outside their maps bring nothing, and the result is zero outside its map. frame: with step.whole,
+    ([B, 2] where the result begins in the map below, its size), instead of the map. Products with an exact zero
     are left out, so 0 x inf and 0 x NaN of the weight give 0; half types accumulate in float32, rounded once.
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
@@ -48,7 +49,9 @@ def deconv_step(signal, weight, step: StepParams, image, origin, switches=None, 
     z = skipping_zeros(transposed, g, weight.to(g.dtype)).to(signal.dtype)
     origin = origin * _pair(stride, origin) - _pair(padding, origin)
     if step.whole:
-        return cut(z, torch.arange(len(z), device=z.device), -origin, step.below)
+        each = torch.arange(len(z), device=z.device)
+        z = cut(z, each, -origin, step.below)
+        return z if frame is None else cut(z, each, *frame)
     return torch.where(_inside(origin, reached, step.below), z, 0)
 
 
