@@ -53,7 +53,7 @@ _INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 RULES = ("deconvnet", "guided", "gradient")
 SEEDS = ("activation", "one")
 OVERLAPS = ("sum", "last")
-SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+SCRATCH_BYTES = 64 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
@@ -129,7 +129,7 @@ def deconv_project(
             order.
         crop: return the receptive field only. Networks on the dense path have no geometry: the field is the
             image.
-        batch_size: seeds worked at once. None picks it so that their signals take about 128 MB.
+        batch_size: seeds worked at once. None picks it so that their signals take about 64 MB.
         strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense
             path.
         progress: draw a bar that counts projections.
