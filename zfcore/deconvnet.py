@@ -53,7 +53,7 @@ _INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 RULES = ("deconvnet", "guided", "gradient")
 SEEDS = ("activation", "one")
 OVERLAPS = ("sum", "last")
-SCRATCH_BYTES = 64 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
@@ -129,7 +129,7 @@ def deconv_project(
             order.
         crop: return the receptive field only. Networks on the dense path have no geometry: the field is the
             image.
-        batch_size: seeds worked at once. None picks it so that their signals take about 64 MB.
+        batch_size: seeds worked at once. None picks it so that their signals take about 128 MB.
         strict: raise UnsupportedOperation for a network that the engine cannot read, instead of the dense
             path.
         progress: draw a bar that counts projections.
@@ -452,6 +452,39 @@ class _Seeds:
         return position * jump + torch.tensor(field.offset, device=position.device)
 
 
+class _Buffers:
+    """Memory for the steps' results, used again from step to step and from batch to batch.
+
+    Fresh memory is slow: the system clears each page of it when it is first written.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.spare: list[Tensor] = []
+        self.used: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of a result: it, and its memory
+
+    def take(self, b: int, c: int, h: int, w: int) -> Tensor:
+        """[B, C, h, w], channels last, its contents undefined."""
+        count = b * c * h * w
+        fitting = [i for i, memory in enumerate(self.spare) if count <= len(memory) <= 2 * count]
+        if fitting:
+            memory = self.spare.pop(min(fitting, key=lambda i: len(self.spare[i])))
+        else:
+            memory = torch.empty(count, dtype=self.dtype, device=self.device)
+        result = memory[:count].view(b, h, w, c).permute(0, 3, 1, 2)
+        self.used[id(result)] = result, memory
+        return result
+
+    def give_back(self, result: Tensor) -> None:
+        """Nothing reads this result, or what is not one, any more."""
+        if id(result) in self.used:
+            self.spare.append(self.used.pop(id(result))[1])
+
+    def give_all_back(self) -> None:
+        self.spare += [memory for _, memory in self.used.values()]
+        self.used.clear()
+
+
 @dataclass(frozen=True)
 class _Chain:
     """Stages that one `deconv_step` undoes: a pool and a rectifier, where there are any, above a convolution.
@@ -484,6 +517,7 @@ class _Engine:
         self.consumers = network.consumers()
         self.layer_shape = network.layer.shape
         self.layer_dtype = job.dtype
+        self.buffers = _Buffers(job.dtype, job.device)
         self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
         self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
         self.plan_fields()
@@ -660,6 +694,7 @@ class _Engine:
                 self.undo(stage, signal, seeds, kept, signals, pixels)
         signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
         if signal is pixels:
+            self.buffers.give_all_back()
             return
         everything = torch.arange(len(seeds), device=signal.device)
         if field is not None and not self.job.crop:
@@ -667,6 +702,7 @@ class _Engine:
         elif field is None and self.job.crop and seen is not None:
             signal = cut(signal, everything, seeds.origin(seen), seen.size)
         pixels.copy_(signal)
+        self.buffers.give_all_back()
 
     def start(self, seeds: _Seeds, maps: Tensor | None) -> Tensor:
         """The signal at the layer: each seed in an otherwise empty map, or a patch of one position."""
@@ -839,7 +875,10 @@ class _Engine:
             seen, out = self.seen[source], pixels
             if self.job.crop and down is None and seen is not None:
                 frame = (seeds.origin(seen), seen.size)
-        signal = deconv_step(
+        else:
+            size = params.reach(tuple(signal.shape[2:]))[1]
+            out = self.buffers.take(len(seeds), source.shape[0], *size)
+        deconv_step(
             signal,
             conv.options["weight"](),
             params,
@@ -851,10 +890,12 @@ class _Engine:
             frame,
             out,
         )
+        if not any(other is signal for other in signals.values()):
+            self.buffers.give_back(signal)
         if picture:
             signals[source] = pixels
         else:
-            self.send(source, signal, down, seeds, signals, fresh=True)
+            self.send(source, out, down, seeds, signals, fresh=True)
 
 
 def _scale(stage: Stage) -> Tensor | float:
