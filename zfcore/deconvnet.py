@@ -151,7 +151,7 @@ def deconv_project(
         parts = {
             name: value.new_empty((job.count, *value.shape[1:])) for name, value in job.nothing().items()
         }
-    with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
+    with tqdm(total=job.count, disable=not progress, unit="projection") as bar, job.working():
         for part in job.run(parts["pixels"]):
             for name, value in part.items():
                 if name != "pixels":  # which are there already
@@ -369,13 +369,15 @@ class _Job:
     def run(self, pixels: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
         """The projections, in order, as dicts of Projection's tensors along one axis.
 
-        pixels: [N * U, C, h, w] that they are written into, or None for new ones.
+        pixels: [N * U, C, h, w] that they are written into, by a caller who is `working`; or None for new ones, and
+        the model is as it was while the caller has a batch.
         """
+        working = self.working if pixels is None else contextlib.nullcontext
         for begin, end in self.runner.image_batches():
             own = None if pixels is None else pixels[begin * len(self.units) : end * len(self.units)]
             parts = self.runner.run(begin, end, own)
             while True:
-                with self.working():  # not while the caller has the batch
+                with working():
                     part = next(parts, None)
                 if part is None:
                     break

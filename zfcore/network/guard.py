@@ -39,7 +39,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             if hold is None:
                 hold = _holds[module] = _Hold(module.training)
             hold.count += 1
-            module.training = False
+            if module.training:
+                module.training = False
     try:
         yield model
     finally:
