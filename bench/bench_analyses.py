@@ -1,34 +1,47 @@
-"""The two analyses beside Captum's, on ZFNet at 224 x 224 pixels, once both give the same numbers.
+"""The two analyses beside Captum's, at 224 x 224 pixels, once both give the same numbers; times are of one projection.
 
-Captum runs a twin of the network with torch's own pools, as its users have it; weights are the initial ones.
+zfcore projects the units of a layer at their strongest positions in one image, cropped, the clean forward included;
+Captum is called as its users call it, once a unit. It runs a twin of the network with torch's own pools; weights
+are the initial ones.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import NamedTuple
 
+import networks
 import pytest
 import torch
+import torch.nn.functional as F
 import zfcore
 from torch import nn
 from zfcore.models import ZFNet
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-UNITS = (3, 17, 42, 90)
-IMAGES = 2
+PEERS = (3, 17, 42, 90)  # the units that Captum is asked for, in turn
+DEEP = {"vgg16 conv5_3": ("vgg16", networks.CONV5_3, 32), "resnet18 layer4": ("resnet18", "layer4", 64)}
+DENSE_LAYER, DENSE_SEEDS = "conv5", 16  # of batched dense PyTorch
 BOX, STRIDE = 64, 40  # pixels: a grid of 5 x 5
-ROUNDS = 3
+ROUNDS = 4
 SECONDS = 1.0
 MAX_ERROR = 1e-5  # relative to the largest magnitude
 ROWS = ("captum", "zfcore")
+DENSE_ROWS = ("pytorch", "zfcore")
+DENSE_GROUP = f"deconv_project {DENSE_LAYER}-dense nchw"
 OCCLUSION_GROUP = "occlusion_map zfnet nchw"
-GROUPS = [*(f"deconv_project {layer} nchw" for layer in LAYERS), OCCLUSION_GROUP]
+GROUPS = [
+    *(f"deconv_project {layer} nchw" for layer in LAYERS),
+    *(f"deconv_project {name.replace(' ', '-')} nchw" for name in DEEP),
+    DENSE_GROUP,
+    OCCLUSION_GROUP,
+]
 
 
 class Subject(NamedTuple):
-    """model, and twin: the same weights, torch's pools; images: [N, 3, 224, 224]."""
+    """model, and twin: the same weights, torch's pools; images: [1, 3, 224, 224]."""
 
     model: nn.Module
     twin: nn.Module
@@ -43,7 +56,13 @@ def subject() -> Subject:
     for name, module in model.named_children():
         if isinstance(module, nn.MaxPool2d):
             setattr(twin, name, nn.MaxPool2d(module.kernel_size, module.stride, module.padding))
-    return Subject(model, twin, torch.rand(IMAGES, 3, 224, 224) * 255 - 128)
+    return Subject(model, twin, torch.rand(1, 3, 224, 224) * 255 - 128)
+
+
+@functools.cache
+def deep_subject(name: str) -> Subject:
+    model = networks.randomised()[name]
+    return Subject(model, model, torch.randn(1, 3, 224, 224))
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -55,54 +74,128 @@ def cut(pixels: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """pixels: [C, H, W]. The part inside a box y0, x0, y1, x1, zeros where it reaches past the edge."""
     y0, x0, y1, x1 = box.tolist()
     height, width = pixels.shape[1:]
-    return nn.functional.pad(pixels, (-x0, x1 - width, -y0, y1 - height))
+    return F.pad(pixels, (-x0, x1 - width, -y0, y1 - height))
 
 
-# Captum says at every call that it will turn gradients on and that it sets hooks.
-@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
-@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_deconv_project(layer, row, groups, benchmark):
+def beside_captum(groups, benchmark, group: str, row: str, found: Subject, layer: str, units: int | None) -> None:
+    """units: how many are projected, None for all."""
     attr = pytest.importorskip("captum.attr", reason="Captum is the other side of this comparison")
-    model, twin, images = subject()
-    deconvolution = attr.NeuronDeconvolution(twin, getattr(twin, layer))
+    model, twin, images = found
+    deconvolution = attr.NeuronDeconvolution(twin, twin.get_submodule(layer))
+    chosen = None if units is None else range(units)
 
     def project():
-        return zfcore.deconv_project(model, images, layer, units=UNITS, seed="one", crop=True)
+        return zfcore.deconv_project(model, images, layer, chosen, seed="one", crop=True)
 
-    positions = project().positions  # [N, U, 2]
+    first = project()
+    peers = [unit for unit in PEERS if unit < first.pixels.shape[1]]
+    turn = itertools.cycle(peers)
 
-    def attribute():
-        return torch.stack(
-            [
-                deconvolution.attribute(
-                    images,
-                    lambda maps, unit=unit, at=positions[:, index]: maps[
-                        torch.arange(len(maps)), unit, at[:, 0], at[:, 1]
-                    ],
-                ).detach()
-                for index, unit in enumerate(UNITS)
-            ],
-            dim=1,
-        )  # [N, U, 3, 224, 224]
+    def attribute(unit=None):
+        unit = next(turn) if unit is None else unit
+        return deconvolution.attribute(images, (unit, *first.positions[0, unit].tolist())).detach()
 
     def check(outputs):
         projection = outputs["zfcore"]
-        for n in range(IMAGES):
-            for u in range(len(UNITS)):
-                close(projection.pixels[n, u], cut(outputs["captum"][n, u], projection.boxes[n, u]))
+        for unit in peers:
+            close(projection.pixels[0, unit], cut(attribute(unit)[0], projection.boxes[0, unit]))
 
-    rows = {"captum": attribute, "zfcore": project}
     groups.row(
         benchmark,
-        f"deconv_project {layer} nchw",
+        group,
         row,
-        rows,
+        {"captum": attribute, "zfcore": project},
         check,
         against="captum",
         seconds=SECONDS,
         least=ROUNDS,
+        items={"zfcore": first.pixels.shape[1]},
+    )
+
+
+# Captum says at every call that it will turn gradients on and that it sets hooks.
+quiet = [
+    pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients"),
+    pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("layer", [pytest.param(layer, marks=quiet) for layer in LAYERS])
+def test_deconv_project(layer, row, groups, benchmark):
+    beside_captum(groups, benchmark, f"deconv_project {layer} nchw", row, subject(), layer, None)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=quiet) for name in DEEP])
+def test_deconv_project_of_deep_networks(name, row, groups, benchmark):
+    network, layer, units = DEEP[name]
+    group = f"deconv_project {name.replace(' ', '-')} nchw"
+    beside_captum(groups, benchmark, group, row, deep_subject(network), layer, units)
+
+
+def dense_projections(model: nn.Module, image: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """[U, 3, H, W]: the same, as batched whole maps in plain PyTorch; seeds are one, at the strongest positions."""
+    stages, x = [], image
+    for name, module in model.named_children():
+        before = x.shape[2:]
+        if isinstance(module, nn.MaxPool2d):
+            x, index = F.max_pool2d(
+                x, module.kernel_size, module.stride, module.padding, return_indices=True
+            )
+            stages.append((module, before, index))
+        else:
+            x = module(x)
+            stages.append((module, before, None))
+        if name == DENSE_LAYER:
+            break
+    strongest = x[0, units].flatten(1).argmax(1)
+    g = torch.zeros(len(units), x[0].numel())
+    g[torch.arange(len(units)), units * x[0, 0].numel() + strongest] = 1
+    g = g.view(len(units), *x.shape[1:])
+    for module, before, index in reversed(stages):
+        if isinstance(module, nn.MaxPool2d):
+            flat = g.new_zeros(*g.shape[:2], before.numel())
+            g = flat.scatter_add_(2, index.expand(g.shape).flatten(2), g.flatten(2)).unflatten(2, before)
+        elif isinstance(module, nn.Conv2d):
+            reached = [
+                (n - 1) * s - 2 * p + k
+                for n, s, p, k in zip(g.shape[2:], module.stride, module.padding, module.kernel_size, strict=True)
+            ]
+            extra = [a - b for a, b in zip(before, reached, strict=True)]
+            g = F.conv_transpose2d(g, module.weight, None, module.stride, module.padding, extra)
+        elif isinstance(module, nn.ReLU):
+            g = F.relu(g)
+    return g
+
+
+@pytest.mark.parametrize("row", DENSE_ROWS)
+def test_deconv_project_beside_dense_maps(row, groups, benchmark):
+    model, twin, images = subject()
+    units = torch.arange(DENSE_SEEDS)
+
+    def project():
+        return zfcore.deconv_project(model, images, DENSE_LAYER, seed="one", crop=True)
+
+    @torch.no_grad()
+    def dense():
+        return dense_projections(twin, images, units)
+
+    def check(outputs):
+        projection = outputs["zfcore"]
+        for unit in units.tolist():
+            close(projection.pixels[0, unit], cut(outputs["pytorch"][unit], projection.boxes[0, unit]))
+
+    groups.row(
+        benchmark,
+        DENSE_GROUP,
+        row,
+        {"pytorch": dense, "zfcore": project},
+        check,
+        against="pytorch",
+        seconds=SECONDS,
+        least=ROUNDS,
+        items={"pytorch": DENSE_SEEDS, "zfcore": model.conv5.out_channels},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ceilings import ceilings
@@ -65,11 +66,16 @@ class Groups:
         self.measured: list[Measured] = []
         self._compared: dict[str, Comparison] = {}
 
-    def _compare(self, group, rows, check, work, against, seconds, least) -> Comparison:
+    def _compare(self, group, rows, check, work, against, seconds, least, items) -> Comparison:
         check({name: run() for name, run in rows.items()})
-        times = interleave(rows, seconds, least)
+
+        def each(seconds, least):
+            times = interleave(rows, seconds, least)
+            return {name: [t / items.get(name, 1) for t in taken] for name, taken in times.items()}
+
+        times = each(seconds, least)
         if min(ratio(times[against], times[name]) for name in rows if name != against) < self.floors[group]:
-            times = interleave(rows, AGAIN * seconds, AGAIN * least)
+            times = each(AGAIN * seconds, AGAIN * least)
         return Comparison(times, work() if work else None)
 
     def row(
@@ -84,19 +90,23 @@ class Groups:
         against: str = PYTORCH,
         seconds: float = SECONDS,
         least: int = LEAST_ROUNDS,
+        items: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Time `row` of `group`, and hold it to the group's floor unless it is the row they are held against.
 
+        items: how many answers a row gives in one run, where it is not one; times are then of one answer.
         All of `rows` are checked and timed at the group's first row, for `seconds` or `least` rounds.
         """
         if group not in self._compared:
-            self._compared[group] = self._compare(group, rows, check, work, against, seconds, least)
+            self._compared[group] = self._compare(
+                group, rows, check, work, against, seconds, least, items
+            )
         times, counted = self._compared[group]
         own = times[row]
         median = statistics.median(own)
         # These rounds only fill pytest-benchmark's own report; a ratio needs rounds that were taken in turn.
         benchmark.group = group
-        benchmark.pedantic(rows[row], rounds=max(1, min(least, int(seconds / 4 / median))), iterations=1)
+        benchmark.pedantic(rows[row], rounds=1, iterations=1)
         numbers = rates(counted, median) if counted else {}
         if row != against:
             numbers |= {
