@@ -4,6 +4,7 @@ from pathlib import Path
 
 import bench_analyses
 import bench_ops
+import bench_steps
 import ceilings
 import floors
 import groups as grouping
@@ -11,7 +12,7 @@ import pytest
 import table
 import torch
 
-GROUPS = [*bench_ops.GROUPS, *bench_analyses.GROUPS]
+GROUPS = [*bench_ops.GROUPS, *bench_steps.GROUPS, *bench_analyses.GROUPS]
 SESSION = pytest.StashKey[grouping.Groups]()
 
 

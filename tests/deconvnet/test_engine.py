@@ -1,0 +1,73 @@
+"""The engine as a job meets it: the same bits at any number of threads, weights that change, bounded memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from deconvnet_networks import NETWORKS, make
+from deconvnet_oracle import project
+
+import zfcore
+
+JOB = """
+import resource, sys, torch, zfcore
+from zfcore.models import ZFNet
+torch.manual_seed(0)
+model = ZFNet().eval()
+images = torch.rand(40, 3, 224, 224) * 255 - 128
+list(zfcore.iter_projections(model, images[:1], "conv5", [0], crop=True))
+count = total = 0
+for part in zfcore.iter_projections(model, images, "conv5", crop=True):
+    count += len(part.pixels)
+    total += part.pixels.abs().sum().item()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(count, total > 0, peak - sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("name", ["vgg", "alexnet", "resnet", "googlenet", "overlapping"])
+@pytest.mark.parametrize("rule", ["deconvnet", "guided", "gradient"])
+def test_threads_and_batches_change_no_bit(name, rule):
+    model, images = make(name)
+    layer = [layer for layer in NETWORKS[name][2] if layer not in ("5", "fc", "head")][-1]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count, batch in ((1, None), (2, None), (3, 5)):
+            torch.set_num_threads(count)
+            seeds = torch.zeros(len(images), 7, 2, dtype=torch.int64)
+            p = zfcore.deconv_project(
+                model, images, layer, [0, 1, 0, 1, 0, 1, 0], positions=seeds, rule=rule, seed="one", batch_size=batch
+            )
+            found.append(p.pixels)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].any()
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("change", [lambda p: p.mul_(1.5), lambda p: p.data.mul_(1.5)], ids=["in place", "data"])
+def test_changed_weights_count_at_the_next_call(change):
+    model, images = make("alexnet")
+    first = zfcore.deconv_project(model, images, "conv4", [0, 1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            change(parameter)
+    p = zfcore.deconv_project(model, images, "conv4", [0, 1])
+    wanted = project(model, images, "conv4", [0, 1], p.positions)[0]
+    assert (p.pixels.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not torch.equal(p.pixels, first.pixels)
+
+
+def test_ten_thousand_projections_stay_under_a_gigabyte():
+    """conv5 of ZFNet, cropped, consumed as they come; beside the model's own 250 MB."""
+    away = tempfile.gettempdir()  # not the source tree, which would hide the install
+    done = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, timeout=500, cwd=away)
+    assert done.returncode == 0, done.stderr
+    count, any_signal, peak = done.stdout.split()
+    assert (int(count), any_signal) == (40 * 256, "True")
+    assert int(peak) < 1e9

@@ -1,0 +1,250 @@
+"""deconv_step against its definition in float64: drawn geometries, borders, layouts, rules; and its kept filters."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from zfcore import ops, reference
+from zfcore.errors import DtypeError, ShapeError
+from zfcore.ops import _filters
+from zfcore.ops.deconv_step import deconv_step
+from zfcore.reference._params import StepParams
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+IMAGES = 3
+
+
+@dataclass
+class Sample:
+    signal: torch.Tensor
+    weight: torch.Tensor
+    step: StepParams
+    image: torch.Tensor
+    origin: torch.Tensor
+    switches: torch.Tensor | None
+    passes: torch.Tensor | None
+    scale: torch.Tensor | None
+    frame: tuple[torch.Tensor, tuple[int, int]] | None
+
+    def run(self, function=deconv_step, dtype=None, **options):
+        cast = (lambda x: x) if dtype is None else (lambda x: None if x is None else x.to(dtype))
+        return function(
+            cast(self.signal), cast(self.weight), self.step, self.image, self.origin, self.switches,
+            self.passes, cast(self.scale), self.frame, **options,
+        )  # fmt: skip
+
+
+def draw(seed: int) -> Sample:
+    """A geometry whose maps, patches and frames overlap every border in one sample or another."""
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    channels = choose.choice([1, 2, 5, 8, 33, 64, 96, 160])
+    groups = choose.choice([1, 1, 1, 2]) if channels % 2 == 0 else 1
+    kernel = choose.choice([1, 2, 3]), choose.choice([2, 3, 5])
+    pool = (
+        kernel,
+        (choose.choice([1, 2, 3]), choose.choice([1, 2, 2])),
+        tuple(choose.randint(0, k // 2) for k in kernel),
+        (choose.choice([1, 1, 2]), 1),
+    )
+    filters = choose.choice([1, 3, 5]), choose.choice([1, 2, 3])
+    spread = choose.choice([1, 2]), choose.choice([1, 1, 2])
+    conv = (
+        filters,
+        (choose.choice([1, 2]), choose.choice([1, 2])),
+        tuple(choose.randint(0, d * (k - 1)) for k, d in zip(filters, spread, strict=True)),
+        spread,
+    )
+    below = choose.randint(18, 34), choose.randint(18, 34)
+    size = tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(below, *conv, strict=True)
+    )
+    switches, own = None, size
+    if pooled := choose.random() < 0.6:
+        values, switches = ops.max_pool2d_with_switches(torch.randn(IMAGES, channels, *size).round(), *pool)
+        own = tuple(values.shape[2:])
+    whole = choose.random() < 0.4
+    batch = choose.choice([1, 2, 7, 40])
+    if full := choose.random() < 0.3:
+        patch, origin = own, torch.zeros(batch, 2, dtype=torch.int64)
+    else:
+        patch = choose.randint(1, own[0]), choose.randint(1, own[1])
+        origin = torch.stack([torch.randint(-3, n, (batch,)) for n in own], 1)
+    dtype = choose.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16])
+    signal = torch.randn(batch, channels, *patch).to(dtype)
+    if choose.random() < 0.5:
+        signal = signal.contiguous(memory_format=torch.channels_last)
+    elif full and choose.random() < 0.5:
+        signal = signal.transpose(2, 3).contiguous().transpose(2, 3)
+    frame = None
+    if whole and choose.random() < 0.5:
+        frame = torch.randint(-9, 9, (batch, 2)), (choose.randint(1, 40), choose.randint(1, 40))
+    return Sample(
+        signal,
+        torch.randn(channels, choose.choice([1, 2, 3, 8, 16]), *filters).to(dtype),
+        StepParams(
+            pool if pooled else None, conv, groups, size, below, whole, choose.random() < 0.6,
+            choose.choice(["sum", "last"]),
+        ),
+        torch.randint(0, IMAGES, (batch,)),
+        origin,
+        switches,
+        torch.rand(IMAGES, channels, *size) < 0.5 if choose.random() < 0.4 else None,
+        torch.randn(channels).to(dtype) if choose.random() < 0.3 else None,
+        frame,
+    )  # fmt: skip
+
+
+def close(ours, wanted, dtype):
+    assert ours.shape == wanted.shape and ours.dtype == dtype
+    assert torch.equal(ours.isnan(), wanted.isnan())
+    finite = wanted.isfinite()
+    assert torch.equal(ours[~finite & ~wanted.isnan()].double(), wanted[~finite & ~wanted.isnan()])
+    if finite.any():
+        error = (ours.double() - wanted)[finite].abs().max()
+        assert error <= TOLERANCE[dtype] * wanted[finite].abs().max().clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [range(i, i + 50) for i in range(0, 400, 50)], ids=lambda r: str(r.start))
+def test_equals_the_definition(seeds):
+    for seed in seeds:
+        sample = draw(seed)
+        ours = sample.run()
+        close(ours, sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
+
+
+@pytest.mark.parametrize("seed", range(400, 440))
+def test_the_bits_do_not_depend_on_threads_batch_or_layout(seed, monkeypatch):
+    sample = draw(seed)
+    ours = sample.run()
+    out = torch.full(ours.shape, 7.0, dtype=ours.dtype)
+    assert sample.run(out=out) is out
+    assert torch.equal(out, ours)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(sample.run(), ours)
+    finally:
+        torch.set_num_threads(threads)
+    last = slice(len(ours) - 1, None)
+    one = Sample(
+        sample.signal[last], sample.weight, sample.step, sample.image[last], sample.origin[last],
+        sample.switches, sample.passes, sample.scale,
+        sample.frame and (sample.frame[0][last], sample.frame[1]),
+    )  # fmt: skip
+    assert torch.equal(one.run(), ours[last])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("seed", range(440, 452))
+def test_zeros_times_what_is_not_finite_are_left_out(seed, value):
+    sample = draw(seed)
+    sample.scale = None
+    sample.weight.view(-1)[:: sample.weight.numel() // 3 + 1] = value
+    close(sample.run(), sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
+
+
+def test_nan_and_infinity_come_down():
+    sample = draw(2)
+    sample.scale = sample.passes = None
+    sample.signal.view(-1)[::7] = torch.nan
+    sample.signal.view(-1)[3::7] = torch.inf
+    close(sample.run(), sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
+
+
+def test_many_taps_share_places_too():
+    """Windows of 225 taps at stride 1, whose differences of taps do not fit a byte."""
+    torch.manual_seed(0)
+    pool = ((15, 15), (1, 1), (7, 7), (1, 1))
+    values, switches = ops.max_pool2d_with_switches(torch.randn(1, 40, 20, 20), *pool)
+    conv = ((3, 3), (1, 1), (1, 1), (1, 1))
+    for overlap in ("sum", "last"):
+        step = StepParams(pool, conv, 1, (20, 20), (20, 20), True, True, overlap)
+        sample = Sample(
+            torch.randn_like(values), torch.randn(40, 4, 3, 3), step, torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, 2, dtype=torch.int64), switches, None, None, None,
+        )  # fmt: skip
+        close(sample.run(), sample.run(reference.deconv_step, torch.float64), torch.float32)
+
+
+# ---- The kept filters
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    conv = ((3, 3), (1, 1), (1, 1), (1, 1))
+    step = StepParams(None, conv, 1, (12, 12), (12, 12), False, True, "sum")
+    zero = torch.zeros(2, 2, dtype=torch.int64)
+    return Sample(torch.randn(2, 16, 4, 4), torch.randn(16, 8, 3, 3), step, zero[:, 0], zero + 3, *[None] * 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.data.mul_(2),
+        lambda w: w.numpy().__setitem__((15, 7, 2, 2), 3.0),
+        lambda w: w.data.view(torch.int32).view(-1).__setitem__(0, 5),
+        lambda w: w.set_(torch.ones(16, 8, 3, 3)),
+    ],
+    ids=["in place", "through data", "through numpy", "one word", "other memory"],
+)
+def test_a_change_of_the_weight_is_noticed(plain, change):
+    before = plain.run()
+    assert torch.equal(plain.run(), before)
+    change(plain.weight)
+    after = plain.run()
+    assert not torch.equal(after, before)
+    close(after, plain.run(reference.deconv_step, torch.float64), torch.float32)
+
+
+def test_filters_are_kept_while_the_weight_lives(plain):
+    step = plain.step
+    first = _filters.packed(plain.weight, None, step.conv, 1)
+    assert _filters.packed(plain.weight, None, step.conv, 1) is first
+    scaled = _filters.packed(plain.weight, torch.ones(16), step.conv, 1)
+    assert scaled is not first and torch.equal(scaled, first)
+    kept = len(_filters._kept)
+    plain.weight = None
+    assert len(_filters._kept) == kept - 1
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(image=torch.zeros(3, dtype=torch.int64)), ShapeError, r"expected \[2\] and \[2, 2\]"),
+        (dict(origin=torch.zeros(2, 2)), DtypeError, "expected int64"),
+        (dict(weight=torch.zeros(15, 8, 3, 3)), ShapeError, r"expected \[16, C / groups, \*\(3, 3\)\]"),
+        (dict(weight=torch.zeros(16, 8, 3, 3).double()), DtypeError, "expected the signal's torch.float32"),
+        (dict(switches=torch.zeros(1, 16, 4, 4, dtype=torch.uint8)), ShapeError, "expected both or neither"),
+        (dict(passes=torch.zeros(1, 16, 12, 12)), ShapeError, "expected torch.bool"),
+        (dict(passes=torch.zeros(1, 16, 11, 12, dtype=torch.bool)), ShapeError, r"expected maps of \(12, 12\)"),
+        (dict(passes=torch.ones(1, 16, 12, 12) > 0, image=torch.tensor([0, 1])), ShapeError, "expected 0 to 0"),
+        (dict(scale=torch.ones(8)), ShapeError, r"expected \[16\]"),
+        (dict(frame=(torch.zeros(2, 2, dtype=torch.int64), (4, 4))), ShapeError, "with step.whole"),
+    ],
+)  # fmt: skip
+def test_refusals(plain, change, error, words):
+    for name, value in change.items():
+        setattr(plain, name, value)
+    with pytest.raises(error, match=words):
+        plain.run()
+
+
+def test_a_result_of_another_shape_is_refused(plain):
+    with pytest.raises(ShapeError, match="expected torch.float32"):
+        plain.run(out=torch.empty(2, 8, 5, 6))
+
+
+def test_backends(plain):
+    with ops.use_backend("reference"):
+        close(plain.run(), plain.run(reference.deconv_step, torch.float64), torch.float32)
