@@ -32,15 +32,10 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Vectors of a chunk, held in registers, and the cache in which a chunk of a block of channels is kept. 256-bit units
-// do two multiply-adds a cycle, which only the first-level cache feeds; 512-bit ones are fed by the second level too.
-#if ZF_VECTOR_BYTES == 64
-constexpr int most_vectors = 12;
-constexpr int64_t near_bytes = 256 << 10;
-#else
+// Vectors of a chunk, held in registers, and the cache in which a chunk of a block of channels is kept. Two multiply-adds
+// a cycle take two vectors a cycle, which the first-level cache alone feeds, 256 bits wide or 512.
 constexpr int most_vectors = 8;
 constexpr int64_t near_bytes = 32 << 10;
-#endif
 constexpr int64_t lists_bytes = 512 << 10;  // room for the lists of a slice; half of it is used, or less
 constexpr int64_t most_patches = 32;        // of a group that shares the filters while they are near
 
