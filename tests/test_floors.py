@@ -1,4 +1,4 @@
-"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> network, models -> ops -> the kernels."""
+"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> engine -> network, models -> ops -> kernels."""
 
 import ast
 from pathlib import Path
@@ -18,13 +18,14 @@ FLOOR = {
     "data": 2,
     "network": 3,
     "models": 3,
-    "deconvnet": 4,
-    "occlusion": 4,
-    "train": 5,
-    "report": 5,
-    "cli": 6,
-    "env": 6,
-    "__main__": 7,
+    "engine": 4,
+    "deconvnet": 5,
+    "occlusion": 5,
+    "train": 6,
+    "report": 6,
+    "cli": 7,
+    "env": 7,
+    "__main__": 8,
 }
 
 

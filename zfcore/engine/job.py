@@ -1,0 +1,67 @@
+"""What both ways of projecting work from: the checked arguments of one call, and the seeds that they name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zfcore.ops.strongest import strongest
+
+SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+
+
+class Job:
+    """The arguments of one call, checked.
+
+    images: [N, C, H, W] where and in what the model computes. units: [U] int64, on the CPU. positions: "max", "all",
+    or int64 [N, U, 2] on the CPU. map_size: of the layer, (1, 1) of features.
+    """
+
+    model: nn.Module
+    images: Tensor
+    layer: str
+    units: Tensor
+    positions: str | Tensor
+    rule: str
+    seed: str
+    overlap: str
+    crop: bool
+    batch_size: int | None
+    device: torch.device
+    dtype: torch.dtype
+    map_size: tuple[int, int]
+
+    def locate(
+        self, maps: Tensor, begin: int, units: range | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The seeds of images [begin, begin + n).
+
+        Returns positions [n, U, 2] (on the CPU), values [n, U], and the activations that they report [n, U].
+
+        maps: [n, C, H, W], the layer's. units: those of the job's, by place, None for all.
+        """
+        n, _, h, w = maps.shape
+        ids = (self.units if units is None else self.units[units.start : units.stop]).to(self.device)
+        if isinstance(self.positions, Tensor):
+            positions = self.positions[begin : begin + n]
+            positions = positions if units is None else positions[:, units.start : units.stop]
+        elif self.positions == "all":
+            totals = maps[:, ids].flatten(2).sum(-1)
+            return torch.full((n, len(ids), 2), -1, device="cpu"), totals, totals
+        else:
+            place = strongest(maps, ids).cpu()
+            positions = torch.stack((place // w, place % w), -1)
+        at = positions.to(self.device)
+        values = maps[torch.arange(n, device=self.device)[:, None], ids, at[..., 0], at[..., 1]]
+        return positions, (torch.ones_like(values) if self.seed == "one" else values), values
+
+    def seed_maps(self, activations: Tensor) -> Tensor:
+        """positions="all": the maps that seed the way down."""
+        return torch.ones_like(activations) if self.seed == "one" else activations
+
+
+def times(signal: Tensor, slope: Tensor) -> Tensor:
+    """signal * slope, a rectifier's derivative; as a mask it stops an infinity too."""
+    if slope.dtype == torch.bool:
+        return torch.where(slope, signal, torch.zeros((), dtype=signal.dtype, device=signal.device))
+    return signal * slope
