@@ -1,6 +1,6 @@
 """Each step of the way down from conv5 of ZFNet on patches, beside the same in dense PyTorch, with its roofline.
 
-The way from conv5's seeds goes by patches of 3, 5, 7 (pool2: 15), 33 (pool1: 67) and 139 pixels a side. PyTorch is given
+The way from conv5's seeds goes by patches of 3, 5, 7 (pool2: 15), 33 (pool1: 67) and 139 pixels a side. PyTorch gets
 patches that are cut already; half of what comes down is negative, as it is in a network. "full" is the case where
 skipping zeros gains nothing, because there are none: it shows that no step needs a dense kernel beside the sparse one.
 """

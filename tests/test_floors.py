@@ -1,4 +1,4 @@
-"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> engine -> network, models -> ops -> kernels."""
+"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> engine -> network, models -> ops."""
 
 import ast
 from pathlib import Path

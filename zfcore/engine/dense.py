@@ -1,4 +1,4 @@
-"""The dense path: networks that the engine cannot read, on whole maps, with autograd and a mode that applies the rules."""
+"""The dense path: networks that cannot be read, on whole maps, by autograd and a mode that applies the rules."""
 
 from __future__ import annotations
 
