@@ -261,10 +261,12 @@ struct Engine {
   const int64_t reach_h = (conv.kernel[0] - 1) * conv.dilation[0];
   const int64_t canvas_w = (places_w - 1) * conv.stride[1] + (conv.kernel[1] - 1) * conv.dilation[1] + 1;
 
-  // Whether the output itself is the canvas: channels last, nothing to cut, no vector over the end of its run.
-  const bool direct_layout = std::is_same<S, T>::value && !step.whole && step.groups == 1 &&
-                             packing.run % lanes == 0 && step.out.stride[1] == 1 &&
-                             step.out.stride[3] == group_out && step.out.stride[2] == step.out.w() * group_out;
+  // Whether places of the output lie as those of a canvas do; and whether it is the canvas itself: nothing to cut, no
+  // vector over the end of its run.
+  const bool same_layout = std::is_same<S, T>::value && step.groups == 1 && step.out.stride[1] == 1 &&
+                           step.out.stride[3] == group_out;
+  const bool direct_layout = same_layout && !step.whole && packing.run % lanes == 0 &&
+                             step.out.stride[2] == step.out.w() * group_out;
   const bool by_bytes = !neighbours.empty() && pool.taps() <= 127;  // differences of taps then fit a byte, too
 
   int64_t tap_row[256] = {}, tap_offset[256] = {};
@@ -695,6 +697,14 @@ struct Engine {
       const bool covered = row >= 0 && row < rows && y0 + y >= 0 && y0 + y < step.below[0];
       const int64_t from = covered ? smaller(left, out.w()) : out.w(), to = covered ? smaller(right, out.w()) : out.w();
       const T* q = canvas + row * elements + shift_x * group_out;
+      if (same_layout) {
+        const size_t place_bytes = size_t(group_out) * sizeof(T);
+        T* p = reinterpret_cast<T*>(at_mut<S>(out, b, 0, y, 0));
+        std::memset(p, 0, size_t(from) * place_bytes);
+        if (to > from) std::memcpy(p + from * group_out, q + from * group_out, size_t(to - from) * place_bytes);
+        std::memset(p + to * group_out, 0, size_t(out.w() - to) * place_bytes);
+        continue;
+      }
       for (int64_t c = 0; c < group_out; ++c) {
         S* p = at_mut<S>(out, b, group * group_out + c, y, 0);
         const int64_t step_x = out.stride[3];
