@@ -22,7 +22,7 @@ from zfcore.models import ZFNet
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 PEERS = (3, 17, 42, 90)  # the units that Captum is asked for, in turn
-DEEP = {"vgg16 conv5_3": ("vgg16", networks.CONV5_3, 32), "resnet18 layer4": ("resnet18", "layer4", 64)}
+DEEP = {"vgg16 conv5_3": ("vgg16", networks.CONV5_3, 32), "resnet18 layer4": ("resnet18", "layer4", 128)}
 DENSE_LAYER, DENSE_SEEDS = "conv5", 16  # of batched dense PyTorch
 BOX, STRIDE = 64, 40  # pixels: a grid of 5 x 5
 ROUNDS = 4

@@ -75,10 +75,13 @@ class _Buffers:
         self.used[id(result)] = result, memory
         return result
 
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether it is one of the results, itself and not a part of it."""
+        return id(tensor) in self.used
+
     def give_back(self, result: Tensor) -> None:
-        """Nothing reads this result, or what is not one, any more."""
-        if id(result) in self.used:
-            self.spare.append(self.used.pop(id(result))[1])
+        """Nothing reads this result any more."""
+        self.spare.append(self.used.pop(id(result))[1])
 
     def give_all_back(self) -> None:
         self.spare += [memory for _, memory in self.used.values()]
@@ -398,7 +401,9 @@ class Engine:
         if stage.kind == "max_pool":
             signal = self.unpool(stage, signal, seeds, kept)
         elif stage.kind == "relu":
-            if job.rule != "gradient":
+            if job.rule != "gradient" and stage.options["rectifier"].slope == 0 and self.owns(signal, signals):
+                signal = signal.relu_()
+            elif job.rule != "gradient":
                 signal = stage.options["rectifier"].rectify(signal)
             if job.rule != "deconvnet":
                 slope = kept[stage]
@@ -417,6 +422,10 @@ class Engine:
             scale = _scale(stage)
             signal = signal * (scale.to(signal.dtype) if isinstance(scale, Tensor) else scale)
         self.send(source, signal, down, seeds, signals)
+
+    def owns(self, signal: Tensor, signals: dict) -> bool:
+        """Whether the signal is a step's result that nothing else still waits for."""
+        return signal in self.buffers and not any(other is signal for other in signals.values())
 
     def switches(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Tensor]:
         """The signal and the switches of each seed.
@@ -490,7 +499,7 @@ class Engine:
             frame,
             out,
         )
-        if not any(other is signal for other in signals.values()):
+        if self.owns(signal, signals):
             self.buffers.give_back(signal)
         if picture:
             signals[source] = pixels
