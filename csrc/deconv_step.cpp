@@ -457,26 +457,15 @@ struct Engine {
     return count;
   }
 
-  // Keeps of a list what `passes` lets through at a place of the map.
-  int64_t keep_passing(const uint8_t* passes, int64_t count, int64_t stride, T* value, int32_t* channel) const {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t c = channel[i];
-      value[kept] = value[i];
-      channel[kept] = c;
-      kept += passes[c * stride] != 0;
-    }
-    return kept;
-  }
-
-  // Likewise of a window's, each at the place that its switch names.
-  int64_t keep_passing_taps(const Patch& patch, int64_t c0, int64_t oy, int64_t ox, const uint8_t* taps, int64_t count,
-                            T* value, int32_t* channel) const {
+  // Keeps of a window's list what `passes` lets through, each value at the place that its switch names; without a pool
+  // (taps null) that is the window itself.
+  int64_t keep_passing(const Patch& patch, int64_t c0, int64_t oy, int64_t ox, const uint8_t* taps, int64_t count,
+                       T* value, int32_t* channel) const {
     const int64_t map_y = patch.place_y + oy * pool.stride[0], map_x = patch.place_x + ox * pool.stride[1];
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int32_t c = channel[i];
-      const uint8_t tap = taps[c];
+      const uint8_t tap = taps ? taps[c] : 0;
       value[kept] = value[i];
       channel[kept] = c;
       kept += *at<uint8_t>(patch.passes, 0, c0 + c, map_y + tap_row[tap],
@@ -506,8 +495,7 @@ struct Engine {
           int32_t* channel = lists.channel + length;
           int64_t count = list_window(patch, oy, ox, c0, c1, value, channel);
           if (step.passes.data)
-            count = keep_passing(at<uint8_t>(patch.passes, 0, c0, patch.place_y + oy, patch.place_x + ox), count,
-                                 patch.passes.stride[1], value, channel);
+            count = keep_passing(patch, c0, oy, ox, nullptr, count, value, channel);
           length += int32_t(count);
         }
       *begin = length;
@@ -524,7 +512,7 @@ struct Engine {
         int32_t* place = unsorted.place + length;
         int64_t count = list_window(patch, oy, ox, c0, c1, unsorted.value + length, channel);
         if (step.passes.data)
-          count = keep_passing_taps(patch, c0, oy, ox, taps, count, unsorted.value + length, channel);
+          count = keep_passing(patch, c0, oy, ox, taps, count, unsorted.value + length, channel);
         for (int64_t i = 0; i < count; ++i) {
           place[i] = int32_t(base + tap_offset[taps[channel[i]]]);
           ++counts[place[i]];
@@ -591,8 +579,6 @@ struct Engine {
     const int64_t rows = canvas_rows(place_rows);
     const int64_t canvas_elements = direct ? step.out.stride[0] : rows * elements;
     T* canvas = direct ? static_cast<T*>(step.out.data) + first * step.out.stride[0] : reinterpret_cast<T*>(memory);
-    for (int64_t b = 0; b < count; ++b)
-      std::memset(canvas + b * canvas_elements, 0, size_t(rows * elements) * sizeof(T));
     if (!direct) memory += round_up((count * canvas_elements + lanes) * int64_t(sizeof(T)), 64);
 
     const int64_t slice = slice_rows(), places = slice_places();
@@ -613,9 +599,8 @@ struct Engine {
     const Destinations to = packing.lay_out_destinations(memory, elements);
 
     for (int64_t group = 0; group < step.groups; ++group) {
-      if (group)  // only one group's outputs fit the canvas
-        for (int64_t b = 0; b < count; ++b)
-          std::memset(canvas + b * canvas_elements, 0, size_t(rows * elements) * sizeof(T));
+      for (int64_t b = 0; b < count; ++b)  // the canvas holds one group's outputs at a time
+        std::memset(canvas + b * canvas_elements, 0, size_t(rows * elements) * sizeof(T));
       // Slices begin at fixed window rows, whatever the band, so that the order of the additions is fixed too.
       const int64_t reach = (pool.kernel[0] - 1) * pool.dilation[0];
       const int64_t first_window = place_begin > reach ? ceil_div(place_begin - reach, pool.stride[0]) : 0;

@@ -22,7 +22,7 @@ from zfcore.network import Field, Network, Stage
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
-from zfcore.reference.deconv_step import cut
+from zfcore.reference.deconv_step import cut, inside
 
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
@@ -100,15 +100,14 @@ class _Chain:
     relu: Stage | None
     scales: tuple[Stage, ...]
 
-    def scale(self, dtype: torch.dtype) -> Tensor | None:
-        """[K], or None for one."""
+    def scale(self, signal: Tensor) -> Tensor | None:
+        """[K], or None for one, where and in what the signal is."""
         if not self.scales:
             return None
-        weight = self.conv.options["weight"]()
-        total = torch.ones(len(weight), dtype=dtype, device=weight.device)
+        total = signal.new_ones(self.conv.shape[0])
         for stage in self.scales:
             scale = _scale(stage)
-            total = total * (scale.to(dtype).flatten() if isinstance(scale, Tensor) else scale)
+            total = total * (scale.to(signal.dtype).flatten() if isinstance(scale, Tensor) else scale)
         return total
 
 
@@ -296,15 +295,13 @@ class Engine:
             if signal is not None:
                 self.undo(stage, signal, seeds, kept, signals, pixels)
         signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
-        if signal is pixels:
-            self.buffers.give_all_back()
-            return
-        everything = torch.arange(len(seeds), device=signal.device)
-        if field is not None and not self.job.crop:
-            signal = self.whole(picture, signal, seeds)
-        elif field is None and self.job.crop and seen is not None:
-            signal = cut(signal, everything, seeds.origin(seen), seen.size)
-        pixels.copy_(signal)
+        if signal is not pixels:
+            if field is not None and not self.job.crop:
+                signal = self.whole(picture, signal, field, seeds)
+            elif field is None and self.job.crop and seen is not None:
+                each = torch.arange(len(seeds), device=signal.device)
+                signal = cut(signal, each, seeds.origin(seen), seen.size)
+            pixels.copy_(signal)
         self.buffers.give_all_back()
 
     def start(self, seeds: _Seeds, maps: Tensor | None) -> Tensor:
@@ -332,16 +329,20 @@ class Engine:
         h, w = field.size
         if low[0] >= 0 and low[1] >= 0 and high[0] + h <= height and high[1] + w <= width:
             return signal
-        origin = seeds.origin(field)
-        y = origin[:, :1] + torch.arange(h, device=origin.device)
-        x = origin[:, 1:] + torch.arange(w, device=origin.device)
-        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-        return signal.masked_fill(~inside.unsqueeze(1), 0)
+        return signal.masked_fill(~inside(seeds.origin(field), field.size, (height, width)), 0)
 
-    def whole(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
-        """Patches put into whole maps."""
-        everything = torch.arange(len(seeds), device=signal.device)
-        return cut(signal, everything, -seeds.origin(self.patch[stage]), stage.shape[-2:])
+    @staticmethod
+    def whole(stage: Stage, signal: Tensor, field: Field, seeds: _Seeds) -> Tensor:
+        """Patches of `field` put into whole maps of the stage."""
+        each = torch.arange(len(seeds), device=signal.device)
+        return cut(signal, each, -seeds.origin(field), stage.shape[-2:])
+
+    @staticmethod
+    def own(maps: Tensor, field: Field | None, seeds: _Seeds) -> Tensor:
+        """Each seed's part of the maps of its image: its patch, or with no field the whole map."""
+        if field is None:
+            return maps[seeds.image]
+        return cut(maps, seeds.image, seeds.origin(field), field.size)
 
     def send(
         self,
@@ -359,8 +360,7 @@ class Engine:
         """
         own = self.patch[target]
         if field is not None and own is None:
-            everything = torch.arange(len(seeds), device=signal.device)
-            signal = cut(signal, everything, -seeds.origin(field), target.shape[-2:])
+            signal = self.whole(target, signal, field, seeds)
         elif field is not None:
             if field != own:  # another way down has a larger field: this patch lies inside the union
                 before = [a - b for a, b in zip(field.offset, own.offset)]
@@ -406,11 +406,7 @@ class Engine:
             elif job.rule != "gradient":
                 signal = stage.options["rectifier"].rectify(signal)
             if job.rule != "deconvnet":
-                slope = kept[stage]
-                slope = (
-                    cut(slope, seeds.image, seeds.origin(field), field.size) if field else slope[seeds.image]
-                )
-                signal = times(signal, slope)
+                signal = times(signal, self.own(kept[stage], field, seeds))
         elif stage.kind == "avg_pool":
             share = kept.get(stage, stage.options["share"])
             if field and isinstance(share, Tensor):
@@ -433,14 +429,10 @@ class Engine:
         With overlap="last", what later windows overwrite is dropped from the signal.
         """
         field = self.patch[pool]
-
-        def own(maps):
-            return cut(maps, seeds.image, seeds.origin(field), field.size) if field else maps[seeds.image]
-
         switches, winners = kept[pool]
         if winners is not None:
-            signal = signal.masked_fill(~own(winners), 0)
-        return signal, own(switches)
+            signal = signal.masked_fill(~self.own(winners, field, seeds), 0)
+        return signal, self.own(switches, field, seeds)
 
     def unpool(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> Tensor:
         field, w = self.patch[pool], pool.window
@@ -468,7 +460,7 @@ class Engine:
         own = self.patch[source]
         down = None
         if own is not None and not (picture and not self.job.crop):
-            down = self.below(field, chain.pool).through(conv.window) if chain.pool else field.through(conv.window)
+            down = (self.below(field, chain.pool) if chain.pool else field).through(conv.window)
         params = StepParams(
             pool=chain.pool and chain.pool.window,
             conv=conv.window,
@@ -495,7 +487,7 @@ class Engine:
             seeds.origin(field) if field else torch.zeros_like(seeds.position),
             kept[chain.pool][0] if chain.pool else None,
             kept[chain.relu] if chain.relu and rule != "deconvnet" else None,
-            chain.scale(signal.dtype),
+            chain.scale(signal),
             frame,
             out,
         )

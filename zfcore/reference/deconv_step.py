@@ -25,7 +25,7 @@ def deconv_step(signal, weight, step: StepParams, image, origin, switches=None, 
     size = tuple(signal.shape[2:])
     places, reached = step.reach(size)
     own = step.map if step.pool is None else tuple(switches.shape[2:])
-    g = torch.where(_inside(origin, size, own), signal, 0).to(accumulator(signal.dtype))
+    g = torch.where(inside(origin, size, own), signal, 0).to(accumulator(signal.dtype))
     if step.pool is not None:
         kernel, stride, padding, dilation = step.pool
         if step.overlap == "last":
@@ -52,7 +52,7 @@ def deconv_step(signal, weight, step: StepParams, image, origin, switches=None, 
         each = torch.arange(len(z), device=z.device)
         z = cut(z, each, -origin, step.below)
         return z if frame is None else cut(z, each, *frame)
-    return torch.where(_inside(origin, reached, step.below), z, 0)
+    return torch.where(inside(origin, reached, step.below), z, 0)
 
 
 def cut(maps, which, origin, size):
@@ -66,8 +66,8 @@ def cut(maps, which, origin, size):
         y.clamp(0, maps.size(2) - 1)[:, :, None],
         x.clamp(0, maps.size(3) - 1)[:, None, :],
     ]  # [B, h, w, C]
-    inside = _inside(origin, size, maps.shape[2:]).squeeze(1).unsqueeze(-1)
-    return cut.masked_fill_(~inside, 0).permute(0, 3, 1, 2)
+    outside = ~inside(origin, size, maps.shape[2:]).squeeze(1).unsqueeze(-1)
+    return cut.masked_fill_(outside, 0).permute(0, 3, 1, 2)
 
 
 def _places(origin, size):
@@ -75,11 +75,10 @@ def _places(origin, size):
     return origin[:, :1] + rows, origin[:, 1:] + columns  # [B, h], [B, w]
 
 
-def _inside(origin, size, map_size):
+def inside(origin, size, map_size):
     """Which places of the patches lie in their maps: [B, 1, h, w]."""
     y, x = _places(origin, size)
-    inside = ((y >= 0) & (y < map_size[0]))[:, :, None] & ((x >= 0) & (x < map_size[1]))[:, None, :]
-    return inside.unsqueeze(1)
+    return (((y >= 0) & (y < map_size[0]))[:, :, None] & ((x >= 0) & (x < map_size[1]))[:, None, :]).unsqueeze(1)
 
 
 def _pair(pair, like):
