@@ -11,11 +11,15 @@
 #include <string>
 #include <tuple>
 
+#include "conv_delta.h"
 #include "deconv_step.h"
 #include "dispatch.h"
 #include "hash.h"
+#include "lrn_delta.h"
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
+#include "pool_delta.h"
+#include "relu_delta.h"
 #include "strongest.h"
 #include "unpool_relu2d.h"
 #include "unpool_relu_conv_transpose2d.h"
@@ -54,6 +58,20 @@ zf::View output(const TensorTuple& t) {
   static constexpr int64_t item[] = {4, 8, 2, 2, 1};
   zf::advise_huge_pages(v.data, v.numel() * item[static_cast<int>(v.dtype)]);
   return v;
+}
+
+using ChangeTuple = std::tuple<TensorTuple, TensorTuple, TensorTuple, TensorTuple, uintptr_t, uintptr_t, uintptr_t>;
+
+zf::Change change(const ChangeTuple& t) {
+  zf::Change c;
+  c.delta = view(std::get<0>(t));
+  c.before = view(std::get<1>(t));
+  c.after = view(std::get<2>(t));
+  c.out = output(std::get<3>(t));
+  c.image = reinterpret_cast<const int64_t*>(std::get<4>(t));
+  c.origin = reinterpret_cast<const int64_t*>(std::get<5>(t));
+  c.out_origin = reinterpret_cast<const int64_t*>(std::get<6>(t));
+  return c;
 }
 
 zf::Overlap overlap(bool last) { return last ? zf::Overlap::last : zf::Overlap::sum; }
@@ -172,6 +190,46 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), reinterpret_cast<void*>(filters),
                          window(conv), groups, threads);
+  });
+  m.def("conv_delta_cpu",
+        [](const TensorTuple& delta, uintptr_t origin, uintptr_t filters, const std::optional<TensorTuple>& clean,
+           uintptr_t image, const TensorTuple& out, uintptr_t out_origin, const Pair& map, const Pair& above,
+           const WindowTuple& conv, int64_t groups, double slope, double upper, int threads) {
+          py::gil_scoped_release release;
+          zf::ConvDelta op;
+          op.delta = view(delta);
+          op.origin = reinterpret_cast<const int64_t*>(origin);
+          op.filters = reinterpret_cast<const void*>(filters);
+          if (clean) op.clean = view(*clean);
+          op.image = reinterpret_cast<const int64_t*>(image);
+          op.out = output(out);
+          op.out_origin = reinterpret_cast<const int64_t*>(out_origin);
+          for (int axis = 0; axis < 2; ++axis) op.map[axis] = map[axis], op.above[axis] = above[axis];
+          op.conv = window(conv);
+          op.groups = groups;
+          op.rectifier = {slope, upper};
+          zf::conv_delta_cpu(op, threads);
+        });
+  m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups) {
+    return zf::delta_filters_bytes_cpu(view(weight), groups);
+  });
+  m.def("pack_delta_filters_cpu",
+        [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, int64_t groups, int threads) {
+          py::gil_scoped_release release;
+          return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale),
+                                            reinterpret_cast<void*>(filters), groups, threads);
+        });
+  m.def("pool_delta_cpu", [](const ChangeTuple& c, const WindowTuple& pool, int threads) {
+    py::gil_scoped_release release;
+    zf::pool_delta_cpu(change(c), window(pool), threads);
+  });
+  m.def("lrn_delta_cpu", [](const ChangeTuple& c, int64_t size, double alpha, double beta, double k, int threads) {
+    py::gil_scoped_release release;
+    zf::lrn_delta_cpu(change(c), {size, alpha, beta, k}, threads);
+  });
+  m.def("relu_delta_cpu", [](const ChangeTuple& c, double slope, double upper, int threads) {
+    py::gil_scoped_release release;
+    zf::relu_delta_cpu(change(c), {slope, upper}, threads);
   });
   m.def("hash_bytes", [](uintptr_t data, int64_t bytes, int threads) {
     py::gil_scoped_release release;

@@ -112,6 +112,26 @@ int64_t unpool_relu_conv_transpose2d_cpu(const View& y, const View& switches, co
   ZF_DISPATCH(unpool_relu_conv_transpose2d(y, switches, weight, out, unpooled, pool, conv, groups, overlap, threads))
 }
 
+void conv_delta_cpu(const ConvDelta& op, int threads) { ZF_DISPATCH(conv_delta(op, threads)) }
+
+int64_t delta_filters_bytes_cpu(const View& weight, int64_t groups) {
+  ZF_DISPATCH(delta_filters_bytes(weight, groups))
+}
+
+bool pack_delta_filters_cpu(const View& weight, const void* scale, void* filters, int64_t groups, int threads) {
+  ZF_DISPATCH(pack_delta_filters(weight, scale, filters, groups, threads))
+}
+
+void pool_delta_cpu(const Change& change, const Window& pool, int threads) {
+  ZF_DISPATCH(pool_delta(change, pool, threads))
+}
+
+void lrn_delta_cpu(const Change& change, const Lrn& lrn, int threads) { ZF_DISPATCH(lrn_delta(change, lrn, threads)) }
+
+void relu_delta_cpu(const Change& change, const Rectifier& rectifier, int threads) {
+  ZF_DISPATCH(relu_delta(change, rectifier, threads))
+}
+
 void strongest_cpu(const View& maps, const int64_t* units, int64_t count, int64_t* index, int threads) {
   ZF_DISPATCH(strongest(maps, units, count, index, threads))
 }

@@ -2,7 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "conv_delta.h"
 #include "deconv_step.h"
+#include "lrn_delta.h"
 #include "view.h"
 
 #define ZF_DECLARE_KERNELS(isa)                                                                                      \
@@ -12,6 +14,12 @@
   int64_t pool_gather2d(const View&, const View&, const View&, const Window&, Overlap, int);                         \
   int64_t unpool_relu_conv_transpose2d(const View&, const View&, const View&, const View&, const int64_t[2],         \
                                        const Window&, const Window&, int64_t, Overlap, int);                         \
+  void conv_delta(const ConvDelta&, int);                                                                            \
+  int64_t delta_filters_bytes(const View&, int64_t);                                                                 \
+  bool pack_delta_filters(const View&, const void*, void*, int64_t, int);                                            \
+  void pool_delta(const Change&, const Window&, int);                                                                \
+  void lrn_delta(const Change&, const Lrn&, int);                                                                    \
+  void relu_delta(const Change&, const Rectifier&, int);                                                             \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
   void deconv_step(const DeconvStep&, int);                                                                          \
   int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \

@@ -7,6 +7,7 @@ to the next only the pixels under the old and the new box are written.
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from zfcore.engine.sweep import Sweep, sweeps
 from zfcore.errors import (
     ArgumentError,
     DeviceError,
@@ -23,8 +25,17 @@ from zfcore.errors import (
     LayerNotFound,
     ShapeError,
     UnitNotFound,
+    UnsupportedOperation,
 )
-from zfcore.network import evaluating, exact_arithmetic, observing, read_network, resolve_layer
+from zfcore.network import (
+    Network,
+    Stage,
+    evaluating,
+    exact_arithmetic,
+    observing,
+    read_network,
+    resolve_layer,
+)
 
 __all__ = ["Occlusion", "occlusion_map"]
 
@@ -173,55 +184,30 @@ def occlusion_map(
     answers = _Answers(score, targets, images)
     totals = None if feature is None else _FeatureTotals(model, feature, images)
 
-    def look(rows: Tensor, owners: Tensor, clean: bool) -> list[Tensor | None]:
-        """One forward: the rows' scores, labels and activation; owners [rows] are their image indices."""
-        if totals is not None:
-            totals.expect(owners, clean)
-        output = model(rows)
-        scores, labels = answers.read(output, owners, clean)
-        return [scores, labels, None if totals is None else totals.take()]
-
     count, device = len(images), images.device
+    measured = _Measured(count, len(grid), device)
     with ExitStack() as stack:
         # Tensors made under the caller's inference mode would not count their versions, which shows what a
         # network writes to its input.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        if precision == "bf16":
-            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-        else:
-            stack.enter_context(exact_arithmetic(device))
-        if totals is not None:
-            stack.enter_context(observing(totals.module, totals.see))
-        if strict:
-            read_network(model, tuple(images.shape[1:]))
+        bar = stack.enter_context(tqdm(total=count * len(grid), unit="box", desc="occlusion", disable=not progress))
+        sweep = _sweep(model, images, grid, totals, batch_size, strict)
+        left = torch.arange(count, device=device)
+        if sweep is not None:
+            with exact_arithmetic(device):
+                left = _by_changes(sweep, images, fill, grid, answers, totals, measured, bar)
+        if len(left) or not count:
+            stack.enter_context(
+                torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else exact_arithmetic(device)
+            )
+            if totals is not None:
+                stack.enter_context(observing(totals.module, totals.see))
+            _by_forwards(model, images, fill, grid, left, batch_size, answers, totals, measured, bar)
 
-        # Copies, since a network may write to its input.
-        with _LargestResult() as largest:
-            clean = [look(images[:1].clone(), torch.arange(min(count, 1), device=device), True)]
-        if batch_size is None:
-            batch_size = largest.batch_size(images)
-        for start in range(1, count, batch_size):
-            rows = images[start : start + batch_size].clone()
-            clean.append(look(rows, torch.arange(start, start + len(rows), device=device), True))
-
-        total, done = count * len(grid), 0
-        occluded = [None if part is None else part.new_empty(total) for part in clean[0]]
-        with tqdm(total=total, unit="box", desc="occlusion", disable=not progress) as bar:
-            for rows, owners in _occluded_batches(images, fill, grid, batch_size):
-                for whole, part in zip(occluded, look(rows, owners, False), strict=True):
-                    if whole is not None:
-                        whole[done : done + len(rows)] = part
-                done += len(rows)
-                if progress and device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()  # a queued forward is not a done one
-                bar.update(len(rows))
-
-    scores, labels, activation = occluded
-    clean_scores, clean_labels, clean_activation = (
-        None if parts[0] is None else torch.cat(parts) for parts in zip(*clean, strict=True)
-    )
+    scores, labels, activation = measured.occluded
+    clean_scores, clean_labels, clean_activation = measured.clean
     shape = (count, grid.rows, grid.columns)
     return Occlusion(
         scores=scores.view(shape),
@@ -275,10 +261,138 @@ class _Grid:
         return torch.stack([y[..., 0], x[..., 0], y[..., 1], x[..., 1]], dim=-1)
 
 
+class _Measured:
+    """The scores, labels and activations so far: clean [N], and occluded [N * G]; a None among them is not measured."""
+
+    def __init__(self, count: int, positions: int, device: torch.device):
+        self.sizes = {"clean": count, "occluded": count * positions}
+        self.device = device
+        self.clean: list[Tensor | None] = [None, None, None]
+        self.occluded: list[Tensor | None] = [None, None, None]
+
+    def put(self, name: str, index: Tensor, parts: list[Tensor | None]) -> None:
+        whole = getattr(self, name)
+        for i, part in enumerate(parts):
+            if part is None:
+                continue
+            if whole[i] is None:
+                whole[i] = part.new_empty(self.sizes[name])
+            whole[i][index] = part
+
+
+def _sweep(
+    model: nn.Module,
+    images: Tensor,
+    grid: _Grid,
+    totals: "_FeatureTotals | None",
+    batch_size: int | None,
+    strict: bool,
+) -> Sweep | None:
+    """The engine for this network and grid, or None where plain forwards are to be run."""
+    try:
+        network = read_network(model, tuple(images.shape[1:]))
+        feature = None if totals is None else totals.stage(network)
+        if len(network.layer.shape) not in (1, 3):
+            raise UnsupportedOperation(f"the network returns {network.layer.shape} an image")
+    except (UnsupportedOperation, ShapeError) as error:
+        if strict:
+            raise
+        warnings.warn(f"zfcore: plain forwards run this network: {error}", stacklevel=4)
+        return None
+    if not sweeps(images) or not len(grid):
+        return None
+    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size)
+    return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
+
+
+def _by_changes(
+    sweep: Sweep,
+    images: Tensor,
+    fill: Tensor,
+    grid: _Grid,
+    answers: "_Answers",
+    totals: "_FeatureTotals | None",
+    measured: _Measured,
+    bar: tqdm,
+) -> Tensor:
+    """Measures all positions with the engine. Returns the images [k] whose maps were not finite, to be done again:
+    what an infinity differs by from another is no number.
+    """
+    finite = torch.ones(len(images), dtype=torch.bool)
+    for begin, end in sweep.image_batches(len(images)):
+        own = slice(begin, end)
+        maps = sweep.up(images[own])
+        for each in (images[own], *maps.values()):
+            finite[own] &= each.flatten(1).isfinite().all(1)
+        output = maps[sweep.output].reshape(end - begin, *sweep.output.shape)
+        owners = torch.arange(begin, end)
+        scores, labels = answers.read(output, owners, True)
+        clean = None if totals is None else totals.sum(maps[sweep.feature], owners, True)
+        measured.put("clean", owners, [scores, labels, clean])
+        for index, output, feature, image in sweep.run(images[own], fill[own], maps):
+            owners = begin + image
+            scores, labels = answers.read(output, owners, False)
+            total = None
+            if totals is not None:
+                total = clean[image] + totals.sum(feature, owners, False)
+            finite[owners[~output.flatten(1).isfinite().all(1)]] = False
+            if total is not None:
+                finite[owners[~total.isfinite()]] = False
+            measured.put("occluded", begin * len(grid) + index, [scores, labels, total])
+            bar.update(len(index))
+    bar.update(-int((~finite).sum()) * len(grid))
+    return (~finite).nonzero().flatten()
+
+
+def _by_forwards(
+    model: nn.Module,
+    images: Tensor,
+    fill: Tensor,
+    grid: _Grid,
+    chosen: Tensor,
+    batch_size: int | None,
+    answers: "_Answers",
+    totals: "_FeatureTotals | None",
+    measured: _Measured,
+    bar: tqdm,
+) -> None:
+    """Measures the chosen images [k] by a forward for each position."""
+
+    def look(rows: Tensor, owners: Tensor, clean: bool) -> list[Tensor | None]:
+        """One forward: the rows' scores, labels and activation; owners [rows] are their image indices."""
+        if totals is not None:
+            totals.expect(owners, clean)
+        output = model(rows)
+        scores, labels = answers.read(output, owners, clean)
+        return [scores, labels, None if totals is None else totals.take()]
+
+    device = images.device
+    images, fill = images[chosen], fill[chosen]  # copies, since a network may write to its input
+    with _LargestResult() as largest:
+        measured.put("clean", chosen[:1], look(images[:1].clone(), chosen[:1], True))
+    if batch_size is None:
+        batch_size = largest.batch_size(images)
+    for start in range(1, len(images), batch_size):
+        some = slice(start, start + batch_size)
+        measured.put("clean", chosen[some], look(images[some].clone(), chosen[some], True))
+    positions = torch.arange(len(grid), device=device)
+    every = (chosen[:, None] * len(grid) + positions).reshape(-1)
+    if not len(every):
+        measured.put("occluded", every, measured.clean)
+    done = 0
+    for rows in _occluded_batches(images, fill, grid, batch_size):
+        index = every[done : done + len(rows)]
+        measured.put("occluded", index, look(rows, index // len(grid), False))
+        done += len(rows)
+        if not bar.disable and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # a queued forward is not a done one
+        bar.update(len(rows))
+
+
 def _occluded_batches(
     images: Tensor, fill: Tensor, grid: _Grid, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image with every box, in order: rows [B, C, H, W] of one reused buffer, and their images [B].
+) -> Iterator[Tensor]:
+    """Every image with every box, in order: rows [B, C, H, W] of one reused buffer.
 
     fill: [N, C, H, W] (expanded, so it costs nothing where it is one colour).
     """
@@ -302,9 +416,8 @@ def _occluded_batches(
             y, x = grid[position]
             scratch[row, :, y, x] = fill[image, :, y, x]
             holds[row] = (image, position)
-        owners = torch.arange(start, start + used, device=images.device) // len(grid)
         version = scratch._version
-        yield scratch[:used], owners
+        yield scratch[:used]
         if scratch._version != version:  # the network wrote to its input, as an in-place first layer does
             holds = [(-1, 0)] * len(scratch)
 
@@ -397,6 +510,22 @@ class _FeatureTotals:
         else:
             self.units = _indices("feature's unit", unit, images)
 
+    def check(self, count: int) -> None:
+        """That the units are among the layer's `count`."""
+        if not self.chosen and len(self.units) and (highest := int(self.units.max())) >= count:
+            raise UnitNotFound(f"feature: unit {highest} of layer {self.layer}; expected 0 to {count - 1}")
+
+    def stage(self, network: Network) -> Stage:
+        """The layer among the stages of a network that was read."""
+        calls = network.calls.get(self.module, [])
+        if self.call is not None and self.call >= len(calls):
+            raise UnsupportedOperation(f"layer {self.layer} is not seen to run")
+        found = calls[-1 if self.call is None else self.call] if calls else None
+        if found not in network.stages:
+            raise UnsupportedOperation(f"layer {self.layer} does not lead to the network's output")
+        self.check(found.shape[0])
+        return found
+
     def expect(self, owners: Tensor, clean: bool) -> None:
         self.owners, self.clean, self.calls, self.total = owners, clean, 0, None
 
@@ -417,17 +546,19 @@ class _FeatureTotals:
                 f"feature: layer {self.layer} returned {_described(output)} for {rows} images; "
                 "expected a tensor (images, units, ...)"
             )
-        if self.clean and rows and not self.chosen and (highest := int(self.units.max())) >= output.shape[1]:
-            raise UnitNotFound(
-                f"feature: unit {highest} of layer {self.layer}; expected 0 to {output.shape[1] - 1}"
-            )
+        if self.clean and rows:
+            self.check(output.shape[1])
         # Summed here and now: what follows in the forward may write over the map in place.
-        wide = torch.promote_types(output.dtype, torch.float32)
-        if self.chosen and self.clean:
-            every = output.reshape(*output.shape[:2], math.prod(output.shape[2:])).sum(2, dtype=wide)
-            self.units[self.owners] = every.argmax(1)
-        maps = output[torch.arange(rows, device=output.device), self.units[self.owners]]  # [B, ...]
-        self.total = maps.reshape(rows, math.prod(maps.shape[1:])).sum(1, dtype=wide)
+        self.total = self.sum(output, self.owners, self.clean)
+
+    def sum(self, maps: Tensor, owners: Tensor, clean: bool) -> Tensor:
+        """Each row's total of its image's unit [B]; maps: the layer's [B, units, ...], or what they differ by."""
+        wide = torch.promote_types(maps.dtype, torch.float32)
+        if self.chosen and clean:
+            every = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:])).sum(2, dtype=wide)
+            self.units[owners] = every.argmax(1)
+        own = maps[torch.arange(len(maps), device=maps.device), self.units[owners]]  # [B, ...]
+        return own.reshape(len(own), math.prod(own.shape[1:])).sum(1, dtype=wide)
 
 
 class _LargestResult(TorchFunctionMode):

@@ -206,9 +206,9 @@ def test_a_change_of_the_weight_is_noticed(plain, change):
 
 def test_filters_are_kept_while_the_weight_lives(plain):
     step = plain.step
-    first = _filters.packed(plain.weight, None, step.conv, 1)
-    assert _filters.packed(plain.weight, None, step.conv, 1) is first
-    scaled = _filters.packed(plain.weight, torch.ones(16), step.conv, 1)
+    first = _filters.for_deconv(plain.weight, None, step.conv, 1)
+    assert _filters.for_deconv(plain.weight, None, step.conv, 1) is first
+    scaled = _filters.for_deconv(plain.weight, torch.ones(16), step.conv, 1)
     assert scaled is not first and torch.equal(scaled, first)
     kept = len(_filters._kept)
     plain.weight = None

@@ -107,12 +107,12 @@ def linear(input, weight, bias=None) -> Stage:
     weight, bias = _parameter(weight), _parameter(bias)
     if x.shape[0] != weight.shape[1]:
         raise ShapeError(f"images: they give this layer {x.shape[0]} features; it takes {weight.shape[1]}")
-    return _whole([x], lambda x: F.linear(x, weight, bias), (len(weight),))
+    return _whole([x], lambda x: F.linear(x, weight, bias), (len(weight),), matrix=lambda: weight)
 
 
-def _whole(inputs: list[Stage], run: Callable[..., Tensor], shape: tuple[int, ...]) -> Stage:
+def _whole(inputs: list[Stage], run: Callable[..., Tensor], shape: tuple[int, ...], **options) -> Stage:
     """An operation whose way down needs whole maps and is the plain gradient of `run`."""
-    return Stage(kind="map", inputs=inputs, run=run, shape=tuple(shape))
+    return Stage(kind="map", inputs=inputs, run=run, shape=tuple(shape), options=options)
 
 
 # ---- Rectifiers and other functions of each value ----------------------------------------------------------
@@ -262,7 +262,8 @@ def _adaptive(function, input, output_size) -> Stage:
     ):
         kernel = tuple(n // w for n, w in zip(x.shape[1:], size, strict=True))
         return avg_pool2d(input, kernel)
-    return _whole([x], lambda x: function(x, size), (x.shape[0], *size))
+    mean = function is F.adaptive_avg_pool2d and size == (1, 1)
+    return _whole([x], lambda x: function(x, size), (x.shape[0], *size), mean=mean)
 
 
 def _window(kernel_size, stride, padding, dilation) -> Window:
@@ -304,7 +305,11 @@ def batch_norm(
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0) -> Stage:
     x = _stage(input, (3,))
     return Stage(
-        kind="lrn", inputs=[x], run=lambda x: F.local_response_norm(x, size, alpha, beta, k), shape=x.shape
+        kind="lrn",
+        inputs=[x],
+        run=lambda x: F.local_response_norm(x, size, alpha, beta, k),
+        shape=x.shape,
+        options={"lrn": (int(size), float(alpha), float(beta), float(k))},
     )
 
 
@@ -454,7 +459,7 @@ def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Stage]:
         tail = tuple(result[1:])
         if tail == x.shape:
             return Stage(kind="identity", inputs=[x], run=lambda x: x, shape=x.shape)
-        return _whole([x], lambda x: x.reshape(len(x), *tail), tail)
+        return _whole([x], lambda x: x.reshape(len(x), *tail), tail, flat=len(tail) == 1)
 
     return operation
 
@@ -564,7 +569,8 @@ def _reduced(function: Callable[..., Tensor]) -> Callable[..., Stage]:
             raise Unknown("it reduces the batch axis too")
         dims = tuple(int(d) for d in dims)
         shape = function(torch.empty((BATCH, *x.shape), device="meta"), dims, keepdim).shape
-        return _whole([x], lambda x: function(x, dims, keepdim), shape[1:])
+        mean = function is torch.mean and len(x.shape) == 3 and {_axis(x, d) for d in dims} == {2, 3}
+        return _whole([x], lambda x: function(x, dims, keepdim), shape[1:], mean=mean)
 
     return operation
 

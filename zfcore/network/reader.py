@@ -45,6 +45,7 @@ class Network:
 
     model: nn.Module
     stages: list[Stage]
+    calls: dict[nn.Module, list[object]]  # what each call of a module returned: a stage, or what was not read
 
     @property
     def layer(self) -> Stage:
@@ -558,7 +559,7 @@ def read_network(
             stage.name = path if len(reader.calls[owner]) == 1 else f"{path}@{i}"
     if stages[0].kind != "input":
         raise UnsupportedOperation(f"{label!r} is not computed from the images")
-    return Network(model, stages)
+    return Network(model, stages, reader.calls)
 
 
 def _check_all_seen(

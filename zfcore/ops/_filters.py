@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from zfcore.ops._library import native
 
 class _Kept(NamedTuple):
     hash: int
-    filters: torch.Tensor
+    packed: object
 
 
 _lock = threading.Lock()
@@ -29,28 +30,61 @@ def _forget(key: int) -> None:
     _kept.pop(key, None)
 
 
-def packed(weight: torch.Tensor, scale: torch.Tensor | None, conv: tuple, groups: int) -> torch.Tensor:
-    """weight: [K, C / groups, kh, kw] on the CPU; scale: [K] in the compute type, which multiplies it, or None."""
+def _packed(weight: torch.Tensor, scale: torch.Tensor | None, way: tuple, pack: Callable) -> object:
+    """pack(weight, scale), both contiguous and the scale in the compute type, or what it returned for the same bits."""
     dense = weight.detach().contiguous()
-    threads = _boundary.threads()
-    digest = native.hash_bytes(_boundary.address(dense), dense.nbytes, threads)
+    digest = native.hash_bytes(_boundary.address(dense), dense.nbytes, _boundary.threads())
     if scale is not None:
         scale = scale.detach().to(dense.dtype if dense.dtype == torch.float64 else torch.float32).contiguous()
         digest ^= native.hash_bytes(_boundary.address(scale), scale.nbytes, 1) << 64
-    way = (native.cpu_isa(), tuple(dense.shape), dense.dtype, conv[3], groups, scale is not None)
+    way = (native.cpu_isa(), tuple(dense.shape), dense.dtype, scale is not None, *way)
     key = id(weight)
     with _lock:
         found = _kept.get(key, {}).get(way)
     if found is not None and found.hash == digest:
-        return found.filters
-    size = native.packed_filters_bytes_cpu(_boundary.view(dense), conv, groups)
-    filters = torch.empty(size, dtype=torch.uint8, device="cpu")
-    native.pack_filters_cpu(
-        _boundary.view(dense), _boundary.address(scale), _boundary.address(filters), conv, groups, threads
-    )
+        return found.packed
+    result = pack(dense, scale)
     with _lock:
         if key not in _kept:
             _kept[key] = {}
             weakref.finalize(weight, _forget, key)
-        _kept[key][way] = _Kept(digest, filters)
-    return filters
+        _kept[key][way] = _Kept(digest, result)
+    return result
+
+
+def for_deconv(weight: torch.Tensor, scale: torch.Tensor | None, conv: tuple, groups: int) -> torch.Tensor:
+    """What ``deconv_step`` reads. weight: [K, C / groups, kh, kw] on the CPU; scale: [K], which multiplies it, or None."""
+
+    def pack(dense: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        size = native.packed_filters_bytes_cpu(_boundary.view(dense), conv, groups)
+        filters = torch.empty(size, dtype=torch.uint8, device="cpu")
+        native.pack_filters_cpu(
+            _boundary.view(dense),
+            _boundary.address(scale),
+            _boundary.address(filters),
+            conv,
+            groups,
+            _boundary.threads(),
+        )
+        return filters
+
+    return _packed(weight, scale, ("deconv", conv[3], groups), pack)
+
+
+def for_delta(
+    weight: torch.Tensor, scale: torch.Tensor | None, shape: tuple, groups: int
+) -> tuple[torch.Tensor, bool]:
+    """What ``conv_delta`` reads, and whether all of it is finite.
+
+    weight: float32 or float64 on the CPU, [K, C / groups, kh, kw] once it has that ``shape``; scale: [K] or None.
+    """
+
+    def pack(dense: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+        view = _boundary.view(dense.view(shape))
+        filters = torch.empty(native.delta_filters_bytes_cpu(view, groups), dtype=torch.uint8, device="cpu")
+        finite = native.pack_delta_filters_cpu(
+            view, _boundary.address(scale), _boundary.address(filters), groups, _boundary.threads()
+        )
+        return filters, finite
+
+    return _packed(weight, scale, ("delta", shape, groups), pack)

@@ -172,6 +172,11 @@ def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
     return run
 
 
+def runs_on_cpu() -> bool:
+    """Whether an op with a CPU kernel would run it on CPU tensors now, or was told to run on the reference."""
+    return _choice.name == "reference" or (_choice.name in (None, "cpu") and _status("cpu").available)
+
+
 def register(
     schema: str,
     *,

@@ -53,7 +53,7 @@ def _reference(signal, weight, step, image, origin, switches, passes, scale, fra
 
 def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     conv = tuple(map(tuple, step.conv))
-    filters = _filters.packed(weight, scale, conv, step.groups)
+    filters = _filters.for_deconv(weight, scale, conv, step.groups)
     if out is None:
         shape = _shape(signal, weight, step, frame)
         out = torch.empty(shape, dtype=signal.dtype, device="cpu", memory_format=torch.channels_last)

@@ -3,18 +3,26 @@
 These are the definitions that the kernels are tested against, and the fallback where no kernel is available.
 """
 
+from zfcore.reference.conv_delta import conv_delta
 from zfcore.reference.deconv_step import deconv_step
+from zfcore.reference.lrn_delta import lrn_delta
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
+from zfcore.reference.pool_delta import pool_delta
 from zfcore.reference.pool_gather2d import pool_gather2d
+from zfcore.reference.relu_delta import relu_delta
 from zfcore.reference.strongest import strongest
 from zfcore.reference.unpool2d import unpool2d
 from zfcore.reference.unpool_relu2d import unpool_relu2d
 from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_transpose2d
 
 __all__ = [
+    "conv_delta",
     "deconv_step",
+    "lrn_delta",
     "max_pool2d_with_switches",
+    "pool_delta",
     "pool_gather2d",
+    "relu_delta",
     "strongest",
     "unpool2d",
     "unpool_relu2d",

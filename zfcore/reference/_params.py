@@ -44,6 +44,55 @@ class ConvParams(NamedTuple):
     output_padding: int | Pair = 0
 
 
+class Places(NamedTuple):
+    """Where a batch of patches of changes lies in the clean maps, and where the changes that come of them do.
+
+    image:      [B] int64, which of the clean maps.
+    origin:     [B, 2] int64, rows then columns: a patch's corner in the map before the operation.
+    out_origin: [B, 2] int64, the result's corner in the map after it.
+    size:       of the result.
+
+    All patches lie inside their maps.
+    """
+
+    image: torch.Tensor
+    origin: torch.Tensor
+    out_origin: torch.Tensor
+    size: Pair
+
+
+class Limits(NamedTuple):
+    """A member of the ReLU family: slope * v where v < 0, upper where v > upper, else v."""
+
+    slope: float = 0.0
+    upper: float = float("inf")
+
+
+class Lrn(NamedTuple):
+    """Local response normalisation, as in ``nn.LocalResponseNorm``."""
+
+    size: int
+    alpha: float
+    beta: float
+    k: float
+
+
+class ConvChange(NamedTuple):
+    """A convolution of changes, of which ``conv_delta`` is the op. Pairs are (rows, columns).
+
+    window:    (kernel, stride, padding, dilation). padding: what lies above and left.
+    map:       the size of its input.
+    above:     the size of its output.
+    rectifier: of the ReLU above it.
+    """
+
+    window: tuple[Pair, Pair, Pair, Pair]
+    groups: int
+    map: Pair
+    above: Pair
+    rectifier: Limits = Limits()
+
+
 class StepParams(NamedTuple):
     """One step of the way down, of which ``deconv_step`` is the op. Pairs are (rows, columns).
 

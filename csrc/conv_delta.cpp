@@ -1,0 +1,413 @@
+// CPU kernel of conv_delta. The contract is in the header.
+//
+// Work: of a patch's h*w*C values those that changed, times the taps that reach an output, times K/groups multiply-adds.
+// After a ReLU about half of the values did not change, since what is inactive with the box mostly is without it.
+// Least traffic: the patches in, the filters once for a group of patches, the clean outputs and the results.
+//
+// How: a matrix product whose rows are patches. Rows of a tile are patches that hold the same pixel of the map, so they
+// see it through the same taps, and mostly the same channels of it changed: a tile lists the channels in which any of
+// its rows did, and its values are packed once, channel after channel. The product of a tile with one tap's filters, a
+// block of outputs wide, stays in registers while the list is walked, then adds to the rows' outputs at that tap.
+// Filters of a tap and a block of outputs stay in the first-level cache while all tiles of a group of patches pass by;
+// the group's values and its sums for the block of outputs stay in the second level where they fit.
+//
+// Where a window has few values (the picture's three channels), a pixel is a whole window: its channels are all values
+// under it, and there is one tap.
+//
+// The sum of an output runs over taps, blocks of channels and channels, in that order and whatever the groups, the
+// tiles and the threads (what the others of a tile add is a product with zero), so the bits are always the same.
+#include "conv_delta.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "rectify.h"
+#include "simd.h"
+
+namespace zf {
+namespace ZF_ISA {
+namespace {
+
+constexpr int most_rows = ZF_VECTOR_BYTES == 64 ? 12 : 6;  // of a tile: two vectors each, and two of filters, in registers
+constexpr int64_t near_bytes = 24 << 10;                   // filters that stay in the first-level cache
+constexpr int64_t values_bytes = 1 << 20;                  // values of a group of patches
+constexpr int64_t window_values = 512;                     // of a window that is taken as one pixel, at most
+constexpr int64_t most_patches = 384;                      // of a group
+
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Filters [group][block of outputs][tap][channel][width].
+template <class T>
+struct Filters {
+  static constexpr int64_t width = 2 * Vec<T>::lanes;
+  int64_t groups, outputs, channels, taps;  // outputs and channels of a group
+  int64_t blocks = up(outputs, width);
+
+  Filters(const View& weight, int64_t groups)
+      : groups(groups), outputs(weight.size[0] / groups), channels(weight.size[1]), taps(weight.size[2] * weight.size[3]) {}
+  Filters(int64_t groups, int64_t outputs, int64_t channels, int64_t taps)
+      : groups(groups), outputs(outputs), channels(channels), taps(taps) {}
+
+  int64_t block_elements() const { return taps * channels * width; }
+  int64_t bytes() const { return groups * blocks * block_elements() * int64_t(sizeof(T)); }
+
+  bool pack(const View& weight, const T* scale, T* filters, int threads) const {
+    std::vector<char> finite(size_t(groups * blocks), 1);
+    parallel_for(groups * blocks, 65536 / block_elements() + 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block / blocks * outputs + block % blocks * width;
+        const int64_t some = std::min(width, outputs - block % blocks * width);
+        T* p = filters + block * block_elements();
+        T poison = 0;  // NaN once anything is not finite
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t i = 0; i < width; ++i) {
+            const T* source = static_cast<const T*>(weight.data) + ((first + i) * channels + c) * taps;
+            const T factor = i < some && scale ? scale[first + i] : T(1);
+            T* q = p + c * width + i;
+            for (int64_t t = 0; t < taps; ++t) {
+              const T value = i < some ? source[t] * factor : T(0);
+              q[t * channels * width] = value;
+              poison += value * 0;
+            }
+          }
+        finite[size_t(block)] = poison == 0;
+      }
+    });
+    return std::all_of(finite.begin(), finite.end(), [](char f) { return f != 0; });
+  }
+};
+
+// Adds to each row's two vectors of sums the products of its values with the listed filters.
+template <class T, int Rows>
+void multiply(const T* filters, const T* value, const int32_t* offset, int64_t count, T* const* sums) {
+  typedef typename Vec<T>::type V;
+  constexpr int lanes = Vec<T>::lanes;
+  V sum[Rows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < 2; ++j) sum[r][j] = load_vector(sums[r] + j * lanes);
+  for (int64_t k = 0; k < count; ++k) {
+    const T* f = filters + offset[k];
+    const V f0 = load_vector(f), f1 = load_vector(f + lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const V v = splat(value[k * Rows + r]);
+      sum[r][0] += v * f0;
+      sum[r][1] += v * f1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < 2; ++j) store_vector(sums[r] + j * lanes, sum[r][j]);
+}
+
+template <class T>
+using MultiplyFn = void (*)(const T*, const T*, const int32_t*, int64_t, T* const*);
+
+template <class T, int Rows>
+void fill_multiply(MultiplyFn<T>* by_rows) {
+  if constexpr (Rows > 0) {
+    by_rows[Rows] = &multiply<T, Rows>;
+    fill_multiply<T, Rows - 1>(by_rows);
+  }
+}
+
+// Whether v changes anything: zero and minus zero do not, NaN does.
+template <class T>
+inline bool counts(T v) {
+  return v != T(0);
+}
+
+template <class T>
+struct Engine {
+  typedef typename Vec<T>::type V;
+  typedef typename Vec<T>::mask M;
+  static constexpr int lanes = Vec<T>::lanes;
+  static constexpr int64_t width = Filters<T>::width;
+
+  const ConvDelta& op;
+  const Window& conv = op.conv;
+  const int64_t group_in = op.delta.c() / op.groups, group_out = op.out.c() / op.groups;
+  // Few values under a window: the window is a pixel.
+  const bool by_window = group_in < 16 && group_in * conv.taps() <= window_values;
+  const int64_t channels = by_window ? group_in * conv.taps() : group_in;  // of a group of a pixel
+  const int64_t taps = by_window ? 1 : conv.taps();
+  const Filters<T> filters{op.groups, group_out, channels, taps};
+  const int64_t pixels_h = by_window ? op.out.h() : op.delta.h(), pixels_w = by_window ? op.out.w() : op.delta.w();
+  const int64_t* const corner = by_window ? op.out_origin : op.origin;
+  const int64_t cuts = up(channels, std::max(int64_t(1), near_bytes / (width * int64_t(sizeof(T)))));
+  const int64_t cut = up(channels, cuts);  // channels whose filters are near at once
+  const int64_t parts = op.groups * cuts;
+  const int64_t places = op.out.h() * op.out.w();
+  std::vector<int32_t> reached[2];  // [pixel of the map][tap of the axis]: the output, or -1
+  MultiplyFn<T> by_rows[most_rows + 1] = {};
+
+  struct Tile {
+    int32_t y, x, rows;
+    int32_t patch[most_rows];
+    int64_t first, values;  // in the lists of channels, and of values
+  };
+
+  // A thread's memory.
+  struct Memory {
+    T* value;
+    int32_t* offset;  // of a listed channel's filter, from the part's first
+    int64_t* end;     // [tile][part]: where its list ends
+    Tile* tile;
+    T* sum;           // [patch][place][width]
+    T* row;           // [row][channels of all groups], windows
+  };
+
+  explicit Engine(const ConvDelta& op) : op(op) {
+    fill_multiply<T, most_rows>(by_rows);
+    check();
+    for (int axis = 0; axis < 2; ++axis) {
+      if (by_window) {
+        for (int64_t o = 0; o < op.above[axis]; ++o) reached[axis].push_back(int32_t(o));
+        continue;
+      }
+      for (int64_t i = 0; i < op.map[axis]; ++i)
+        for (int64_t t = 0; t < conv.kernel[axis]; ++t) {
+          const int64_t at = i + conv.padding[axis] - t * conv.dilation[axis];
+          const bool hits = at >= 0 && at % conv.stride[axis] == 0 && at / conv.stride[axis] < op.above[axis];
+          reached[axis].push_back(hits ? int32_t(at / conv.stride[axis]) : -1);
+        }
+    }
+  }
+
+  void check() const {
+    const int64_t size[2] = {op.delta.h(), op.delta.w()}, out[2] = {op.out.h(), op.out.w()};
+    for (int64_t b = 0; b < op.delta.n(); ++b)
+      for (int axis = 0; axis < 2; ++axis) {
+        const int64_t i = op.origin[2 * b + axis], o = op.out_origin[2 * b + axis];
+        const int64_t s = conv.stride[axis], reach = conv.dilation[axis] * (conv.kernel[axis] - 1);
+        const int64_t low = i + conv.padding[axis] - reach, high = i + size[axis] - 1 + conv.padding[axis];
+        const int64_t first = low > 0 ? up(low, s) : 0;
+        const int64_t last = high < 0 ? -1 : std::min(high / s, op.above[axis] - 1);
+        if (i < 0 || i + size[axis] > op.map[axis] || o < 0 || o + out[axis] > op.above[axis] ||
+            (first <= last && (first < o || last >= o + out[axis])))
+          throw std::invalid_argument("conv_delta: patch " + std::to_string(b) +
+                                      " is not inside its map, or reaches outputs outside of its result");
+      }
+  }
+
+  int64_t group_size(int threads) const {
+    const int64_t count = op.delta.n();
+    const int64_t bytes = pixels_h * pixels_w * channels * op.groups * int64_t(sizeof(T));
+    // As many patches as keep their values near; and no fewer than pay for bringing the filters in, which are then
+    // read once for the group.
+    int64_t size = std::max(values_bytes / bytes, filters.bytes() / values_bytes);
+    size = std::min(up(std::max(size, int64_t(1)), most_rows) * most_rows, most_patches);
+    const int64_t tasks = up(up(count, size), threads) * threads;  // all threads finish together
+    return std::max(int64_t(1), std::min(size, up(count, tasks)));
+  }
+
+  static int64_t rounded(int64_t bytes) { return up(bytes, 64) * 64; }
+
+  void operator()(int threads) const {
+    const int64_t count = op.delta.n(), size = group_size(threads);
+    const int64_t pixels = size * pixels_h * pixels_w, all = channels * op.groups;
+    const int64_t bytes[6] = {rounded((pixels * all + lanes) * int64_t(sizeof(T))), rounded((pixels * all + 16) * 4),
+                              rounded(pixels * parts * 8), rounded(pixels * int64_t(sizeof(Tile))),
+                              rounded(size * places * width * int64_t(sizeof(T))),
+                              rounded(by_window ? most_rows * all * int64_t(sizeof(T)) : 0)};
+    int64_t total = 0;
+    for (int64_t part : bytes) total += part;
+    parallel_for(up(count, size), 1, threads, [&](int64_t begin, int64_t end) {
+      char* p = static_cast<char*>(thread_scratch(0, total));
+      char* at[6];
+      for (int i = 0; i < 6; ++i) at[i] = p, p += bytes[i];
+      const Memory memory{reinterpret_cast<T*>(at[0]),       reinterpret_cast<int32_t*>(at[1]),
+                          reinterpret_cast<int64_t*>(at[2]), reinterpret_cast<Tile*>(at[3]),
+                          reinterpret_cast<T*>(at[4]),       reinterpret_cast<T*>(at[5])};
+      for (int64_t task = begin; task < end; ++task) run(task * size, std::min(size, count - task * size), memory);
+    });
+  }
+
+  void run(int64_t first, int64_t some, const Memory& memory) const {
+    const int64_t tiles = tile_up(first, some, memory);
+    for (int64_t group = 0; group < op.groups; ++group)
+      for (int64_t block = 0; block < filters.blocks; ++block) {
+        std::memset(memory.sum, 0, size_t(some * places * width) * sizeof(T));
+        accumulate(first, tiles, group, block, memory);
+        finish(first, some, group, block, memory);
+      }
+  }
+
+  // The tiles of patches [first, first + some), their values packed. Returns how many.
+  int64_t tile_up(int64_t first, int64_t some, const Memory& memory) const {
+    int64_t low[2], high[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      low[axis] = high[axis] = corner[2 * first + axis];
+      for (int64_t b = first; b < first + some; ++b) {
+        low[axis] = std::min(low[axis], corner[2 * b + axis]);
+        high[axis] = std::max(high[axis], corner[2 * b + axis]);
+      }
+    }
+    int32_t holding[most_patches];
+    int64_t tiles = 0, listed = 0, packed = 0;
+    for (int64_t y = low[0]; y < high[0] + pixels_h; ++y)
+      for (int64_t x = low[1]; x < high[1] + pixels_w; ++x) {
+        int64_t held = 0;
+        for (int64_t b = first; b < first + some; ++b) {
+          const int64_t dy = y - corner[2 * b], dx = x - corner[2 * b + 1];
+          if (dy >= 0 && dy < pixels_h && dx >= 0 && dx < pixels_w) holding[held++] = int32_t(b - first);
+        }
+        const int64_t split = up(held, most_rows);  // into tiles of near-equal heights
+        for (int64_t s = 0, done = 0; s < split; ++s) {
+          const int64_t rows = (held - done + split - s - 1) / (split - s);
+          Tile& tile = memory.tile[tiles];
+          tile.y = int32_t(y), tile.x = int32_t(x), tile.rows = int32_t(rows);
+          tile.first = listed, tile.values = packed;
+          std::copy_n(holding + done, rows, tile.patch);
+          pack_tile(first, tile, memory, memory.end + tiles * parts, &listed, &packed);
+          done += rows;
+          ++tiles;
+        }
+      }
+    return tiles;
+  }
+
+  const T* pixel(int64_t b, int64_t y, int64_t x) const {
+    return at<T>(op.delta, b, 0, y - op.origin[2 * b], x - op.origin[2 * b + 1]);
+  }
+
+  // All values under the window of an output, [group][tap][channel]; zero where the patch does not lie under it.
+  void gather_window(int64_t b, int64_t y, int64_t x, T* row) const {
+    const int64_t* origin = op.origin + 2 * b;
+    for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+      const int64_t dy = y * conv.stride[0] - conv.padding[0] + i * conv.dilation[0] - origin[0];
+      for (int64_t j = 0; j < conv.kernel[1]; ++j) {
+        const int64_t dx = x * conv.stride[1] - conv.padding[1] + j * conv.dilation[1] - origin[1];
+        const bool under = dy >= 0 && dy < op.delta.h() && dx >= 0 && dx < op.delta.w();
+        const T* p = under ? at<T>(op.delta, b, 0, dy, dx) : nullptr;
+        T* q = row + (i * conv.kernel[1] + j) * group_in;
+        for (int64_t group = 0; group < op.groups; ++group)
+          for (int64_t c = 0; c < group_in; ++c) q[group * channels + c] = under ? p[group * group_in + c] : T(0);
+      }
+    }
+  }
+
+  void pack_tile(int64_t first, const Tile& tile, const Memory& memory, int64_t* end, int64_t* listed,
+                 int64_t* packed) const {
+    const T* row[most_rows];
+    for (int r = 0; r < tile.rows; ++r) {
+      if (by_window) {
+        T* gathered = memory.row + r * channels * op.groups;
+        gather_window(first + tile.patch[r], tile.y, tile.x, gathered);
+        row[r] = gathered;
+      } else {
+        row[r] = pixel(first + tile.patch[r], tile.y, tile.x);
+      }
+    }
+    for (int64_t group = 0; group < op.groups; ++group)
+      for (int64_t piece = 0; piece < cuts; ++piece) {
+        const int64_t begin = group * channels + piece * cut;
+        const int64_t stop = group * channels + std::min((piece + 1) * cut, channels);
+        int32_t* const list = memory.offset + *listed;
+        int64_t found = 0, c = begin;
+        for (; c + lanes <= stop; c += lanes) {
+          M changed{};
+          for (int r = 0; r < tile.rows; ++r) changed |= load_vector(row[r] + c) != V{};
+          for (int i = 0; i < lanes; ++i) {
+            list[found] = int32_t(c + i);
+            found += changed[i] != 0;
+          }
+        }
+        for (; c < stop; ++c) {
+          bool changed = false;
+          for (int r = 0; r < tile.rows; ++r) changed |= counts(row[r][c]);
+          list[found] = int32_t(c);
+          found += changed;
+        }
+        T* value = memory.value + *packed;
+        for (int64_t k = 0; k < found; ++k) {
+          const int64_t channel = list[k];
+          for (int r = 0; r < tile.rows; ++r) value[k * tile.rows + r] = row[r][channel];
+          list[k] = int32_t((channel - begin) * width);
+        }
+        *listed += found;
+        *packed += found * tile.rows;
+        *end++ = *listed;
+      }
+  }
+
+  void accumulate(int64_t first, int64_t tiles, int64_t group, int64_t block, const Memory& memory) const {
+    const T* const near = static_cast<const T*>(op.filters) + (group * filters.blocks + block) * filters.block_elements();
+    const int64_t taps_w = by_window ? 1 : conv.kernel[1];
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t piece = 0; piece < cuts; ++piece) {
+        const T* const part = near + (tap * channels + piece * cut) * width;
+        const int64_t p = group * cuts + piece;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const Tile& tile = memory.tile[i];
+          const int64_t oy = reached[0][size_t(tile.y * (by_window ? 1 : conv.kernel[0]) + tap / taps_w)];
+          const int64_t ox = reached[1][size_t(tile.x * taps_w + tap % taps_w)];
+          if (oy < 0 || ox < 0) continue;
+          const int64_t* end = memory.end + i * parts + p;
+          const int64_t begin = p ? end[-1] : tile.first, count = *end - begin;
+          if (!count) continue;
+          T* sums[most_rows];
+          for (int r = 0; r < tile.rows; ++r) {
+            const int64_t b = tile.patch[r];
+            const int64_t* origin = op.out_origin + 2 * (first + b);
+            sums[r] = memory.sum + (b * places + (oy - origin[0]) * op.out.w() + ox - origin[1]) * width;
+          }
+          by_rows[tile.rows](part, memory.value + tile.values + (begin - tile.first) * tile.rows,
+                             memory.offset + begin, count, sums);
+        }
+      }
+  }
+
+  // The sums of a block of outputs, rectified about the clean ones, into the result.
+  void finish(int64_t first, int64_t some, int64_t group, int64_t block, const Memory& memory) const {
+    const int64_t channel = group * group_out + block * width, wide = std::min(width, group_out - block * width);
+    const bool rectify = op.clean.data != nullptr;
+    for (int64_t b = 0; b < some; ++b)
+      for (int64_t y = 0; y < op.out.h(); ++y)
+        for (int64_t x = 0; x < op.out.w(); ++x) {
+          const T* sum = memory.sum + (b * places + y * op.out.w() + x) * width;
+          T* out = at_mut<T>(op.out, first + b, channel, y, x);
+          const int64_t* origin = op.out_origin + 2 * (first + b);
+          const T* z = rectify ? at<T>(op.clean, op.image[first + b], channel, y + origin[0], x + origin[1]) : nullptr;
+          if (rectify)
+            rectify_change(op.rectifier, z, sum, out, wide);
+          else
+            std::copy_n(sum, wide, out);
+        }
+  }
+};
+
+}  // namespace
+
+void conv_delta(const ConvDelta& op, int threads) {
+  if (op.out.numel() == 0) return;
+  if (op.delta.dtype == DType::f64) {
+    const Engine<double> engine(op);
+    engine(threads);
+  } else {
+    const Engine<float> engine(op);
+    engine(threads);
+  }
+}
+
+int64_t delta_filters_bytes(const View& weight, int64_t groups) {
+  return weight.dtype == DType::f64 ? Filters<double>(weight, groups).bytes() : Filters<float>(weight, groups).bytes();
+}
+
+bool pack_delta_filters(const View& weight, const void* scale, void* filters, int64_t groups, int threads) {
+  if (weight.dtype == DType::f64)
+    return Filters<double>(weight, groups)
+        .pack(weight, static_cast<const double*>(scale), static_cast<double*>(filters), threads);
+  return Filters<float>(weight, groups)
+      .pack(weight, static_cast<const float*>(scale), static_cast<float*>(filters), threads);
+}
+
+}  // namespace ZF_ISA
+}  // namespace zf

@@ -1,0 +1,133 @@
+"""A convolution of changes: what the engine of ``occlusion_map`` is made of. No gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from zfcore import reference
+from zfcore.errors import ShapeError
+from zfcore.ops import _boundary, _change, _filters
+from zfcore.ops._library import choosing, native
+from zfcore.reference._params import ConvChange, Limits, Places
+
+
+class DeltaFilters(NamedTuple):
+    """The filters of a convolution of changes, ready for the backend.
+
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them. finite: whether all are.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    packed: torch.Tensor | None
+    finite: bool
+
+
+def _plain_filters(weight, scale, shape, groups):
+    finite = bool(weight.isfinite().all()) and (scale is None or bool(scale.isfinite().all()))
+    return DeltaFilters(weight.detach().reshape(shape), scale, None, finite)
+
+
+def _packed_filters(weight, scale, shape, groups):
+    packed, finite = _filters.for_delta(weight, scale, shape, groups)
+    return DeltaFilters(weight.detach().reshape(shape), scale, packed, finite)
+
+
+_prepare = choosing("conv_delta", {"reference": _plain_filters, "cpu": _packed_filters})
+
+
+def delta_filters(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shape: tuple[int, int, int, int] | None = None,
+    groups: int = 1,
+) -> DeltaFilters:
+    """The filters for ``conv_delta``, on the backend that is chosen now; their packing is kept while the weight lives.
+
+    Args:
+        weight: [K, C / groups, kh, kw] float32 or float64, or of that many values with ``shape``: the matrix
+            [K, C * H * W] of a full layer that reads maps of H x W is a filter as large as the map.
+        scale: [K], multiplies what each filter gives; None for one.
+        shape: [K, C / groups, kh, kw].
+        groups: of the channels.
+    """
+    return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups)
+
+
+def _reference(delta, filters, step, places, clean, out):
+    result = reference.conv_delta(delta, filters.weight, step, places, clean, filters.scale)
+    return result if out is None else out.copy_(result)
+
+
+def _cpu(delta, filters, step, places, clean, out):
+    if filters.packed is None:
+        raise ShapeError("filters: they were made ready for another backend")
+    out = _change.empty(delta, len(filters.weight), places, out)
+    delta = _change.channels_last(delta)
+    clean = None if clean is None else _change.channels_last(clean)
+    image, origin, out_origin = (x.contiguous() for x in places[:3])
+    native.conv_delta_cpu(
+        _boundary.view(delta),
+        _boundary.address(origin),
+        _boundary.address(filters.packed),
+        None if clean is None else _boundary.view(clean),
+        _boundary.address(image),
+        _boundary.view(out),
+        _boundary.address(out_origin),
+        tuple(step.map),
+        tuple(step.above),
+        tuple(map(tuple, step.window)),
+        step.groups,
+        *step.rectifier,
+        _boundary.threads(),
+    )
+    return out
+
+
+_run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu})
+
+
+def conv_delta(
+    delta: torch.Tensor,
+    filters: DeltaFilters,
+    step: ConvChange,
+    places: Places,
+    clean: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a convolution's output changes by, as ``zfcore.reference.conv_delta`` defines it.
+
+    Args:
+        delta: [B, C, h, w] float32 or float64: what its input changes by inside a patch, zero elsewhere.
+        filters: of ``delta_filters``, finite.
+        step: the geometry and the rectifier, see ``ConvChange``.
+        places: see ``Places``; the result must hold all outputs that see a patch.
+        clean: [N, K, *step.above], the clean outputs: the change is then that of the rectified outputs.
+        out: [B, K, *places.size], channels last, to write into.
+
+    Returns:
+        [B, K, *places.size], channels last. The bits do not depend on the batch or on the number of threads.
+
+    Raises:
+        ShapeError, DtypeError: the arguments do not belong together.
+        ValueError: a patch is not inside its map, or reaches outputs outside of the result.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
+    """
+    _change.check(delta, places, clean)
+    k, c, *kernel = filters.weight.shape
+    if c * step.groups != delta.size(1) or k % step.groups or tuple(kernel) != tuple(step.window[0]):
+        raise ShapeError(
+            f"filters of {tuple(filters.weight.shape)} in {step.groups} groups and a window of {step.window[0]}: "
+            f"they do not take {delta.size(1)} channels"
+        )
+    if filters.weight.dtype != delta.dtype:
+        raise ShapeError(f"filters of {filters.weight.dtype}: expected delta's {delta.dtype}")
+    if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):
+        raise ShapeError(f"clean of {tuple(clean.shape)}: expected [N, {k}, *{tuple(step.above)}]")
+    return _run(delta, filters, step, places, clean, out)
+
+
+__all__ = ["ConvChange", "DeltaFilters", "Limits", "Places", "conv_delta", "delta_filters"]

@@ -1,0 +1,61 @@
+"""Contrast normalisation of changes: what the engine of ``occlusion_map`` is made of. No gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from zfcore import reference
+from zfcore.errors import ShapeError
+from zfcore.ops import _boundary, _change
+from zfcore.ops._library import choosing, native
+from zfcore.reference._params import Lrn, Places
+
+
+def _reference(delta, before, after, lrn, places, out):
+    result = reference.lrn_delta(delta, before, after, lrn, places)
+    return result if out is None else out.copy_(result)
+
+
+def _cpu(delta, before, after, lrn, places, out):
+    out = _change.empty(delta, delta.size(1), places, out)
+    change, _held = _change.native_change(delta, before, after, places, out)
+    native.lrn_delta_cpu(change, *lrn, _boundary.threads())
+    return out
+
+
+_run = choosing("lrn_delta", {"reference": _reference, "cpu": _cpu})
+
+
+def lrn_delta(
+    delta: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    lrn: Lrn,
+    places: Places,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What contrast-normalised maps change by, as ``zfcore.reference.lrn_delta`` defines it.
+
+    Args:
+        delta: [B, C, h, w] float32 or float64: what the input changes by inside a patch.
+        before, after: [N, C, H, W], the clean input and output.
+        lrn: see ``Lrn``.
+        places: see ``Places``; the result lies where the patch does.
+        out: [B, C, h, w], channels last, to write into.
+
+    Returns:
+        [B, C, h, w], channels last.
+
+    Raises:
+        ShapeError, DtypeError: the arguments do not belong together.
+        ValueError: a patch is not inside its map.
+
+    Paper: Zeiler & Fergus, arXiv:1311.2901, sections 3 and 4.2.
+    """
+    _change.check(delta, places, before, after)
+    if before.shape != after.shape or before.size(1) != delta.size(1) or tuple(places.size) != tuple(delta.shape[2:]):
+        raise ShapeError(
+            f"delta {tuple(delta.shape)}, before {tuple(before.shape)}, after {tuple(after.shape)}, a result of "
+            f"{tuple(places.size)}: they do not belong together"
+        )
+    return _run(delta, before, after, lrn, places, out)
