@@ -36,7 +36,7 @@ namespace {
 
 constexpr int most_rows = ZF_VECTOR_BYTES == 64 ? 12 : 6;  // of a tile: two vectors each, and two of filters, in registers
 constexpr int64_t near_bytes = 24 << 10;                   // filters that stay in the first-level cache
-constexpr int64_t values_bytes = 1 << 20;                  // values of a group of patches
+constexpr int64_t values_bytes = 512 << 10;                // values of a group of patches, in the second-level cache
 constexpr int64_t window_values = 512;                     // of a window that is taken as one pixel, at most
 constexpr int64_t most_patches = 384;                      // of a group
 
@@ -151,7 +151,13 @@ struct Engine {
   struct Tile {
     int32_t y, x, rows;
     int32_t patch[most_rows];
-    int64_t first, values;  // in the lists of channels, and of values
+    int64_t place[most_rows];  // where the sums of the map's output (0, 0) would lie, in widths
+    int64_t first, values;     // in the lists of channels, and of values
+  };
+
+  // A tile that reaches outputs by a tap.
+  struct Hit {
+    int32_t tile, shift;  // from the tile's places to the outputs
   };
 
   // A thread's memory.
@@ -160,6 +166,8 @@ struct Engine {
     int32_t* offset;  // of a listed channel's filter, from the part's first
     int64_t* end;     // [tile][part]: where its list ends
     Tile* tile;
+    Hit* hit;         // of tap after tap
+    int64_t* hits;    // [taps + 1]: where those of a tap begin
     T* sum;           // [patch][place][width]
     T* row;           // [row][channels of all groups], windows
   };
@@ -208,34 +216,50 @@ struct Engine {
     return std::max(int64_t(1), std::min(size, up(count, tasks)));
   }
 
+  // The most taps by which a pixel reaches outputs.
+  int64_t hits_of_pixel() const {
+    int64_t product = 1;
+    for (int axis = 0; axis < 2 && !by_window; ++axis) {
+      int64_t most = 0;
+      for (int64_t i = 0; i < op.map[axis]; ++i) {
+        const auto begin = reached[axis].begin() + i * conv.kernel[axis], end = begin + conv.kernel[axis];
+        most = std::max(most, int64_t(std::count_if(begin, end, [](int32_t o) { return o >= 0; })));
+      }
+      product *= most;
+    }
+    return product;
+  }
+
   static int64_t rounded(int64_t bytes) { return up(bytes, 64) * 64; }
 
   void operator()(int threads) const {
     const int64_t count = op.delta.n(), size = group_size(threads);
     const int64_t pixels = size * pixels_h * pixels_w, all = channels * op.groups;
-    const int64_t bytes[6] = {rounded((pixels * all + lanes) * int64_t(sizeof(T))), rounded((pixels * all + 16) * 4),
+    const int64_t bytes[8] = {rounded((pixels * all + lanes) * int64_t(sizeof(T))), rounded((pixels * all + 16) * 4),
                               rounded(pixels * parts * 8), rounded(pixels * int64_t(sizeof(Tile))),
+                              rounded(pixels * hits_of_pixel() * int64_t(sizeof(Hit))), rounded((taps + 1) * 8),
                               rounded(size * places * width * int64_t(sizeof(T))),
                               rounded(by_window ? most_rows * all * int64_t(sizeof(T)) : 0)};
     int64_t total = 0;
     for (int64_t part : bytes) total += part;
     parallel_for(up(count, size), 1, threads, [&](int64_t begin, int64_t end) {
       char* p = static_cast<char*>(thread_scratch(0, total));
-      char* at[6];
-      for (int i = 0; i < 6; ++i) at[i] = p, p += bytes[i];
+      char* at[8];
+      for (int i = 0; i < 8; ++i) at[i] = p, p += bytes[i];
       const Memory memory{reinterpret_cast<T*>(at[0]),       reinterpret_cast<int32_t*>(at[1]),
                           reinterpret_cast<int64_t*>(at[2]), reinterpret_cast<Tile*>(at[3]),
-                          reinterpret_cast<T*>(at[4]),       reinterpret_cast<T*>(at[5])};
+                          reinterpret_cast<Hit*>(at[4]),     reinterpret_cast<int64_t*>(at[5]),
+                          reinterpret_cast<T*>(at[6]),       reinterpret_cast<T*>(at[7])};
       for (int64_t task = begin; task < end; ++task) run(task * size, std::min(size, count - task * size), memory);
     });
   }
 
   void run(int64_t first, int64_t some, const Memory& memory) const {
-    const int64_t tiles = tile_up(first, some, memory);
+    find_hits(tile_up(first, some, memory), memory);
     for (int64_t group = 0; group < op.groups; ++group)
       for (int64_t block = 0; block < filters.blocks; ++block) {
         std::memset(memory.sum, 0, size_t(some * places * width) * sizeof(T));
-        accumulate(first, tiles, group, block, memory);
+        accumulate(group, block, memory);
         finish(first, some, group, block, memory);
       }
   }
@@ -266,6 +290,10 @@ struct Engine {
           tile.y = int32_t(y), tile.x = int32_t(x), tile.rows = int32_t(rows);
           tile.first = listed, tile.values = packed;
           std::copy_n(holding + done, rows, tile.patch);
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t* origin = op.out_origin + 2 * (first + tile.patch[r]);
+            tile.place[r] = tile.patch[r] * places - origin[0] * op.out.w() - origin[1];
+          }
           pack_tile(first, tile, memory, memory.end + tiles * parts, &listed, &packed);
           done += rows;
           ++tiles;
@@ -281,15 +309,24 @@ struct Engine {
   // All values under the window of an output, [group][tap][channel]; zero where the patch does not lie under it.
   void gather_window(int64_t b, int64_t y, int64_t x, T* row) const {
     const int64_t* origin = op.origin + 2 * b;
+    const int64_t left = x * conv.stride[1] - conv.padding[1] - origin[1];
+    std::memset(row, 0, size_t(channels * op.groups) * sizeof(T));
     for (int64_t i = 0; i < conv.kernel[0]; ++i) {
       const int64_t dy = y * conv.stride[0] - conv.padding[0] + i * conv.dilation[0] - origin[0];
+      if (dy < 0 || dy >= op.delta.h()) continue;
+      T* q = row + i * conv.kernel[1] * group_in;
+      if (conv.dilation[1] == 1 && op.groups == 1 && op.delta.stride[3] == group_in) {  // the taps of a row are a run
+        const int64_t begin = std::max(int64_t(0), -left), end = std::min(conv.kernel[1], op.delta.w() - left);
+        if (begin < end)
+          std::copy_n(at<T>(op.delta, b, 0, dy, left + begin), (end - begin) * group_in, q + begin * group_in);
+        continue;
+      }
       for (int64_t j = 0; j < conv.kernel[1]; ++j) {
-        const int64_t dx = x * conv.stride[1] - conv.padding[1] + j * conv.dilation[1] - origin[1];
-        const bool under = dy >= 0 && dy < op.delta.h() && dx >= 0 && dx < op.delta.w();
-        const T* p = under ? at<T>(op.delta, b, 0, dy, dx) : nullptr;
-        T* q = row + (i * conv.kernel[1] + j) * group_in;
+        const int64_t dx = left + j * conv.dilation[1];
+        if (dx < 0 || dx >= op.delta.w()) continue;
+        const T* p = at<T>(op.delta, b, 0, dy, dx);
         for (int64_t group = 0; group < op.groups; ++group)
-          for (int64_t c = 0; c < group_in; ++c) q[group * channels + c] = under ? p[group * group_in + c] : T(0);
+          std::copy_n(p + group * group_in, group_in, q + group * channels + j * group_in);
       }
     }
   }
@@ -338,29 +375,39 @@ struct Engine {
       }
   }
 
-  void accumulate(int64_t first, int64_t tiles, int64_t group, int64_t block, const Memory& memory) const {
+  void find_hits(int64_t tiles, const Memory& memory) const {
+    const int64_t taps_h = by_window ? 1 : conv.kernel[0], taps_w = by_window ? 1 : conv.kernel[1];
+    int64_t found = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      memory.hits[tap] = found;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t y = reached[0][size_t(memory.tile[i].y * taps_h + tap / taps_w)];
+        const int64_t x = reached[1][size_t(memory.tile[i].x * taps_w + tap % taps_w)];
+        if (y >= 0 && x >= 0) memory.hit[found++] = {int32_t(i), int32_t(y * op.out.w() + x)};
+      }
+    }
+    memory.hits[taps] = found;
+  }
+
+  void accumulate(int64_t group, int64_t block, const Memory& memory) const {
     const T* const near = static_cast<const T*>(op.filters) + (group * filters.blocks + block) * filters.block_elements();
-    const int64_t taps_w = by_window ? 1 : conv.kernel[1];
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t piece = 0; piece < cuts; ++piece) {
+        const int64_t p = group * cuts + piece, count = memory.hits[tap + 1] - memory.hits[tap];
         const T* const part = near + (tap * channels + piece * cut) * width;
-        const int64_t p = group * cuts + piece;
-        for (int64_t i = 0; i < tiles; ++i) {
-          const Tile& tile = memory.tile[i];
-          const int64_t oy = reached[0][size_t(tile.y * (by_window ? 1 : conv.kernel[0]) + tap / taps_w)];
-          const int64_t ox = reached[1][size_t(tile.x * taps_w + tap % taps_w)];
-          if (oy < 0 || ox < 0) continue;
-          const int64_t* end = memory.end + i * parts + p;
-          const int64_t begin = p ? end[-1] : tile.first, count = *end - begin;
-          if (!count) continue;
+        const char* next = reinterpret_cast<const char*>(part + cut * width);  // what is needed after this part
+        const int64_t slice = up(cut * width * int64_t(sizeof(T)), std::max(count, int64_t(1)) * 64) * 64;
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t byte = 0; byte < slice; byte += 64, next += 64) __builtin_prefetch(next, 0, 2);
+          const Hit& hit = memory.hit[memory.hits[tap] + i];
+          const Tile& tile = memory.tile[hit.tile];
+          const int64_t* end = memory.end + hit.tile * parts + p;
+          const int64_t begin = p ? end[-1] : tile.first;
           T* sums[most_rows];
-          for (int r = 0; r < tile.rows; ++r) {
-            const int64_t b = tile.patch[r];
-            const int64_t* origin = op.out_origin + 2 * (first + b);
-            sums[r] = memory.sum + (b * places + (oy - origin[0]) * op.out.w() + ox - origin[1]) * width;
-          }
-          by_rows[tile.rows](part, memory.value + tile.values + (begin - tile.first) * tile.rows,
-                             memory.offset + begin, count, sums);
+          for (int r = 0; r < tile.rows; ++r) sums[r] = memory.sum + (tile.place[r] + hit.shift) * width;
+          if (*end > begin)
+            by_rows[tile.rows](part, memory.value + tile.values + (begin - tile.first) * tile.rows,
+                               memory.offset + begin, *end - begin, sums);
         }
       }
   }
