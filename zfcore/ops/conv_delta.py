@@ -13,10 +13,15 @@ from zfcore.ops._library import choosing, native
 from zfcore.reference._params import ConvChange, Limits, Places
 
 
+KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
+SLICE_BYTES = 64 * 2**20
+
+
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them, None where they are packed by
+    slices. finite: whether all are.
     """
 
     weight: torch.Tensor
@@ -31,6 +36,9 @@ def _plain_filters(weight, scale, shape, groups):
 
 
 def _packed_filters(weight, scale, shape, groups):
+    if weight.nbytes > KEPT_BYTES and groups == 1:
+        extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
+        return DeltaFilters(weight.detach().reshape(shape), scale, None, bool(extremes.isfinite().all()))
     packed, finite = _filters.for_delta(weight, scale, shape, groups)
     return DeltaFilters(weight.detach().reshape(shape), scale, packed, finite)
 
@@ -61,9 +69,22 @@ def _reference(delta, filters, step, places, clean, out):
     return result if out is None else out.copy_(result)
 
 
+def _by_slices(delta, filters, step, places, clean, out):
+    """As `_cpu`, a slice of the outputs after the other."""
+    out = _change.empty(delta, len(filters.weight), places, out)
+    count = max(1, SLICE_BYTES // filters.weight[0].nbytes)
+    for first in range(0, len(filters.weight), count):
+        own = slice(first, first + count)
+        scale = None if filters.scale is None else filters.scale[own]
+        packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, 1)
+        some = DeltaFilters(filters.weight[own], scale, packed, finite)
+        _cpu(delta, some, step, places, None if clean is None else clean[:, own], out[:, own])
+    return out
+
+
 def _cpu(delta, filters, step, places, clean, out):
     if filters.packed is None:
-        raise ShapeError("filters: they were made ready for another backend")
+        return _by_slices(delta, filters, step, places, clean, out)
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
     clean = None if clean is None else _change.channels_last(clean)
