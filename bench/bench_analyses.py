@@ -30,22 +30,22 @@ ROUNDS = 4
 
 
 class Occlusion(NamedTuple):
-    """box, stride: pixels. captum: the stride that Captum's grid has, so that it is done; times are of one position."""
+    """box, stride: pixels. Captum's stride is the box, the widest that it takes; times are of one position."""
 
     network: str
     box: int
     stride: int
-    captum: int
     precision: str = "exact"
+    rounds: int = 3
 
 
 OCCLUSIONS = {
-    "zfnet-box32-stride8": Occlusion("zfnet", 32, 8, 48),
-    "zfnet-box32-stride8-bf16": Occlusion("zfnet", 32, 8, 48, "bf16"),
-    "zfnet-box16-stride4": Occlusion("zfnet", 16, 4, 52),
-    "zfnet-box64-stride16": Occlusion("zfnet", 64, 16, 40),
-    "vgg16-box32-stride16": Occlusion("vgg16-classifier", 32, 16, 96),
-    "resnet18-box32-stride16": Occlusion("resnet18", 32, 16, 48),
+    "zfnet-box32-stride8": Occlusion("zfnet", 32, 8),
+    "zfnet-box32-stride8-bf16": Occlusion("zfnet", 32, 8, "bf16"),
+    "zfnet-box16-stride4": Occlusion("zfnet", 16, 4, rounds=2),
+    "zfnet-box64-stride16": Occlusion("zfnet", 64, 16),
+    "vgg16-box32-stride16": Occlusion("vgg16-classifier", 32, 16, rounds=1),
+    "resnet18-box32-stride16": Occlusion("resnet18", 32, 16),
 }
 PERTURBATIONS = (4, 8, 16)  # of Captum's perturbations_per_eval, the best of which is taken
 SECONDS = 1.0
@@ -229,17 +229,20 @@ class CaptumOcclusion:
         attr = pytest.importorskip("captum.attr", reason="Captum is the other side of this comparison")
         self.attribution = attr.Occlusion(lambda x: found.twin(x).softmax(1))
         self.occlusion, self.images, self.target = occlusion, found.images, target
-        self.best = min(PERTURBATIONS, key=lambda at_once: timed(lambda: self(at_once)))
+        with torch.inference_mode():
+            batches = {count: self.images.repeat(count, 1, 1, 1) for count in PERTURBATIONS}
+            found.twin(batches[PERTURBATIONS[0]])  # a first forward makes the model's own preparations
+            self.best = min(PERTURBATIONS, key=lambda n: timed(lambda: found.twin(batches[n])) / n)
 
-    def __call__(self, at_once: int | None = None) -> torch.Tensor:
-        box, stride = self.occlusion.box, self.occlusion.captum
+    def __call__(self) -> torch.Tensor:
+        box = self.occlusion.box
         with torch.inference_mode():
             return self.attribution.attribute(
                 self.images,
                 sliding_window_shapes=(3, box, box),
-                strides=(3, stride, stride),
+                strides=(3, box, box),
                 target=self.target,
-                perturbations_per_eval=at_once or self.best,
+                perturbations_per_eval=self.best,
             )
 
 
@@ -270,7 +273,10 @@ def test_occlusion_map(name, row, groups, benchmark):
         )
 
     def check(outputs):
-        close(occlude(occlusion.captum, "exact").heatmap()[0], outputs["captum"][0, 0])
+        ours, theirs = occlude(occlusion.box, "exact"), outputs["captum"][0, 0]
+        # Of the score: what it falls by is a difference of numbers that are nearly equal.
+        error = (ours.heatmap()[0] - theirs).abs().max() / ours.clean[0]
+        assert error <= MAX_ERROR, f"relative error {error:.1e}"
         if occlusion.precision == "bf16":
             exact = occlude(precision="exact").scores
             assert ((outputs["zfcore"].scores - exact).abs() <= MAX_BF16_ERROR * exact.abs()).all()
@@ -283,9 +289,9 @@ def test_occlusion_map(name, row, groups, benchmark):
         check,
         against="captum",
         seconds=SECONDS,
-        least=3,
+        least=occlusion.rounds,
         items={
-            "captum": positions(occlusion.box, occlusion.captum) + 1,  # and the picture without a box
+            "captum": positions(occlusion.box, occlusion.box) + 1,  # and the picture without a box
             "zfcore": positions(occlusion.box, occlusion.stride),
         },
     )

@@ -204,22 +204,27 @@ def occlusion_map(
         stack.enter_context(evaluating(model))
         known = count * len(grid) if mode == "exact" else 0
         bar = stack.enter_context(tqdm(total=known, unit="box", desc="occlusion", disable=not progress))
-        left = torch.arange(count, device=device)
         sweep = _sweep(model, images, grid, totals, batch_size, strict)
+        # What is left for forwards: images, and positions of others.
+        left, again = torch.arange(count, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if sweep is not None:
             changes = _Changes(sweep, images, fill, len(grid), answers, totals)
             with exact_arithmetic(device):
                 _measure(changes, chosen, measured, bar, known=mode == "exact")
-            left = changes.left()
-        if len(left) or not count:
+            left, again = changes.left()
+        if len(left) or len(again) or not count:
             narrow = precision == "bf16"
             stack.enter_context(
                 torch.autocast(device.type, dtype=torch.bfloat16) if narrow else exact_arithmetic(device)
             )
             if totals is not None:
                 stack.enter_context(observing(totals.module, totals.see))
+            known = mode == "exact"
+            if sweep is not None and known and (done := len(left) * len(grid) + len(again)):
+                bar.update(-done)
             forwards = Forwards(model, images, fill, grid, left, batch_size, answers, totals)
-            _measure(forwards, chosen, measured, bar, known=mode == "exact" and sweep is None)
+            _measure(forwards, chosen, measured, bar, known)
+            _put(forwards, again, measured, bar, known)
 
     scores, labels, activation = measured.occluded
     clean_scores, clean_labels, clean_activation = measured.clean
@@ -251,14 +256,19 @@ def _measure(
         for owners, parts in runner.clean(group):
             measured.put("clean", owners, parts)
         for index in chosen.rounds(group, measured):
-            bar.total += 0 if known else len(index)
             if not len(index) and measured.occluded[0] is None:
                 measured.put("occluded", index, [None if p is None else p[:0] for p in measured.clean])
-            for own, parts in runner.measure(index):
-                measured.put("occluded", own, parts)
-                if not bar.disable and own.is_cuda:
-                    torch.cuda.current_stream(own.device).synchronize()  # a queued forward is not a done one
-                bar.update(len(own))
+            _put(runner, index, measured, bar, known)
+
+
+def _put(runner: "_Changes | Forwards", index: Tensor, measured: Measured, bar: tqdm, known: bool) -> None:
+    """The runner's positions [k], image * Gy * Gx + position, into `measured`."""
+    bar.total += 0 if known else len(index)
+    for own, parts in runner.measure(index):
+        measured.put("occluded", own, parts)
+        if not bar.disable and own.is_cuda:
+            torch.cuda.current_stream(own.device).synchronize()  # a queued forward is not a done one
+        bar.update(len(own))
 
 
 def _sweep(
@@ -286,6 +296,11 @@ def _sweep(
     return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
 
 
+# How many times larger than a position's output the clean one may be: what they differ by is then as large, and what is
+# left of it loses as many digits.
+LARGER = 8
+
+
 class _Changes:
     """Measures positions with the engine, as `Forwards` does with forwards."""
 
@@ -301,14 +316,17 @@ class _Changes:
         self.sweep, self.images, self.fill, self.positions = sweep, images, fill, positions
         self.answers, self.totals = answers, totals
         # What an infinity differs by from another is no number: images with any are left for forwards.
-        self.finite = torch.ones(len(images), dtype=torch.bool)
+        self.finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        self.blurred: list[Tensor] = []  # positions whose differences are too coarse for them
 
-    def left(self) -> Tensor:
-        return (~self.finite).nonzero().flatten()
+    def left(self) -> tuple[Tensor, Tensor]:
+        """The images, and the positions of others, that forwards have to measure."""
+        again = torch.cat([torch.empty(0, dtype=torch.int64, device=self.images.device), *self.blurred])
+        return (~self.finite).nonzero().flatten(), again[self.finite[again // self.positions]]
 
     def groups(self) -> Iterator[Tensor]:
         for begin, end in self.sweep.image_batches(len(self.images)):
-            yield torch.arange(begin, end)
+            yield torch.arange(begin, end, device=self.images.device)
 
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         self.group, sweep = group, self.sweep
@@ -316,8 +334,12 @@ class _Changes:
         for each in (self.images[group], *self.maps.values()):
             self.finite[group] &= each.flatten(1).isfinite().all(1)
         output = self.maps[sweep.output].reshape(len(group), *sweep.output.shape)
-        scores, labels = self.answers.read(output, group, True)
-        self.total = None if self.totals is None else self.totals.sum(self.maps[sweep.feature], group, True)
+        self.largest = output.flatten(1).abs().amax(1)
+        scores, labels = self.answers.read(output.clone(memory_format=torch.contiguous_format), group, True)
+        self.total = None
+        if self.totals is not None:
+            feature = self.maps[sweep.feature].reshape(len(group), *sweep.feature.shape)
+            self.total = self.totals.sum(feature, group, True)
         yield group, [scores, labels, self.total]
 
     def measure(self, index: Tensor) -> Iterator[tuple[Tensor, Parts]]:
@@ -326,14 +348,17 @@ class _Changes:
         first = int(self.group[0])
         images, fill = self.images[self.group], self.fill[self.group]
         for own, output, feature in self.sweep.run(images, fill, self.maps, index - first * self.positions):
-            image = own // self.positions
+            image, place = own // self.positions, own + first * self.positions
             owners = first + image
+            values = output.flatten(1)
+            self.finite[owners[~values.isfinite().all(1)]] = False
+            self.blurred.append(place[values.abs().amax(1) * LARGER < self.largest[image]])
             scores, labels = self.answers.read(output, owners, False)
-            total = None if self.totals is None else self.total[image] + self.totals.sum(feature, owners, False)
-            self.finite[owners[~output.flatten(1).isfinite().all(1)]] = False
-            if total is not None:
+            total = None
+            if self.totals is not None:
+                total = self.total[image] + self.totals.sum(feature, owners, False)
                 self.finite[owners[~total.isfinite()]] = False
-            yield own + first * self.positions, [scores, labels, total]
+            yield place, [scores, labels, total]
 
 
 def _covers(starts: Tensor, ends: Tensor, length: int) -> Tensor:
@@ -367,6 +392,8 @@ def _as_picture(fill: object, images: Tensor) -> Tensor:
     """`fill` as a picture for each image: [N, C, H, W], a view without copies of its own."""
     try:
         value = torch.as_tensor(fill)
+        if value.is_floating_point() and not hasattr(fill, "dtype"):
+            value = torch.as_tensor(fill, dtype=torch.float64)  # Python's own numbers, all of their digits
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"fill: {fill!r}; expected a number or a tensor") from error
     if value.dtype == torch.bool or value.is_complex():

@@ -52,18 +52,27 @@ class Forwards:
 
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         """The images without a box: their indices, and what is measured of them."""
+        if not len(group) and len(self.images):
+            return
         # Indexed, so copies: a network may write to its input.
         with LargestResult() as largest:
             first = self.look(self.images[group[:1]], group[:1], True)
-        if self.batch_size is None:
-            self.batch_size = largest.batch_size(self.images)
+        self.fit(largest)
         yield group[:1], first
         for owners in group[1:].split(self.batch_size):
             if len(owners):
                 yield owners, self.look(self.images[owners], owners, True)
 
+    def fit(self, largest: LargestResult) -> None:
+        if self.batch_size is None:
+            self.batch_size = largest.batch_size(self.images)
+
     def measure(self, index: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         """Positions [k], image * Gy * Gx + position, batch by batch."""
+        if len(index) and self.batch_size is None:
+            with LargestResult() as largest:
+                self.look(self.images[index[:1] // len(self.grid)], index[:1] // len(self.grid), False)
+            self.fit(largest)
         done = 0
         for rows in occluded_batches(self.images, self.fill, self.grid, index.tolist(), self.batch_size):
             own = index[done : done + len(rows)]

@@ -162,6 +162,7 @@ class Sweep:
         self.rank = _tiled(len(y), len(x)).argsort()
         self.offset, self.length = self.plan_memory()
         most = CHANGE_BYTES // (max(self.length, 1) * dtype.itemsize)
+        self.chosen_size = batch_size
         self.batch_size = batch_size or max(1, min(MOST_POSITIONS, most))
         self.memory: Tensor | None = None  # of all changes of a batch, as long as the largest so far
 
@@ -209,10 +210,10 @@ class Sweep:
             run, clean = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, ()
             spans = [[self.rects[s].spans(axis) for s in stage.inputs] for axis in (0, 1)]
             joined = [[(min(b for b, _ in at), max(e for _, e in at)) for at in zip(*axis)] for axis in spans]
-            own = Rects.fitted(*joined, stage.shape[1:])
+            own = Rects.fitted(*joined, _size(stage))
         elif options.get("mean"):
             run, clean = Sweep.change_mean, ()
-        self.rects[stage] = own or below.whole(stage.shape[1:] if len(stage.shape) == 3 else (1, 1))
+        self.rects[stage] = own or below.whole(_size(stage))
         return _Step(stage, list(stage.inputs), run, clean)
 
     def stays_patch(self, stage: Stage) -> bool:
@@ -303,7 +304,10 @@ class Sweep:
         return offset, length
 
     def channels(self, stage: Stage) -> int:
-        return stage.inputs[0].shape[0] if self.stays_patch(stage) else stage.shape[0]
+        """Of its change, [B, channels, h, w]: what is no map travels as maps of one pixel."""
+        if self.stays_patch(stage):
+            return stage.inputs[0].shape[0]
+        return stage.shape[0] if len(stage.shape) == 3 else math.prod(stage.shape)
 
     # -- the way up
 
@@ -315,7 +319,7 @@ class Sweep:
             yield begin, min(begin + step, count)
 
     def up(self, images: Tensor) -> dict[Stage, Tensor]:
-        """The clean maps that the steps read, the output and the feature's, channels last; features as 1 x 1 maps."""
+        """The clean maps that the steps read, the output and the feature's, channels last; what is no map as maps of one pixel."""
         values: dict[Stage, Tensor] = {}
         kept: dict[Stage, Tensor] = {}
         waiting = {stage: len(readers) for stage, readers in self.readers.items()}
@@ -323,7 +327,7 @@ class Sweep:
             inputs = [values[source] for source in stage.inputs]
             values[stage] = value = stage.run(*inputs) if inputs else images
             if stage in self.kept:
-                shaped = value if value.dim() == 4 else value.reshape(*value.shape[:2], 1, 1)
+                shaped = value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
                 kept[stage] = shaped.contiguous(memory_format=torch.channels_last)
             for source in stage.inputs:
                 waiting[source] -= 1
@@ -336,16 +340,17 @@ class Sweep:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Positions of the images, batch by batch, in an order of its own.
 
-        images, fill: [n, C, H, W]. maps: of `up`. index: [k] int64, image * Gy * Gx + position. Yields parts of the
+        images, fill: [n, C, H, W]. maps: of `up`. index: [k] int64, not empty, image * Gy * Gx + position. Yields parts of the
         index [B], the network's output for them, and the feature's changes [B, C, h, w].
         """
         per_image, columns = len(self.rank), len(self.boxes[1])
-        batches = -(-len(index) // self.batch_size)
-        size = -(-len(index) // max(batches, 1))  # near-equal batches
+        size = min(self.batch_size, len(index))
+        if self.chosen_size is None:
+            size = -(-len(index) // -(-len(index) // size))  # batches of near-equal sizes
         if self.memory is None or len(self.memory) < size * self.length:
             self.memory = torch.empty(size * self.length, dtype=self.dtype)
         order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
-        for own in index[order].split(max(size, 1)):
+        for own in index[order].split(size):
             position = own % per_image
             batch = _Batch(own // per_image, position // columns, position % columns, maps)
             batch.changes[self.picture] = self.painted(images, fill, batch)
@@ -354,7 +359,9 @@ class Sweep:
                 change = batch.changes[step.result] = step.run(self, step, batch)
                 if step.result is self.feature:
                     feature = change.clone()
-            output = maps[self.output][batch.image] + batch.changes[self.output]
+            output = self.changed(self.output, batch).contiguous()
+            if feature is not None and len(self.feature.shape) != 3:
+                feature = feature.reshape(len(own), *self.feature.shape)
             yield own, output.reshape(len(own), *self.output.shape), feature
 
     def painted(self, images: Tensor, fill: Tensor, batch: _Batch) -> Tensor:
@@ -427,6 +434,11 @@ class Sweep:
         source, out = step.sources[0], self.result(step, batch)
         return torch.sum(batch.changes[source], (2, 3), keepdim=True, out=out).div_(math.prod(source.shape[1:]))
 
+    def changed(self, source: Stage, batch: _Batch) -> Tensor:
+        """A stage's whole maps, with their changes."""
+        whole = batch.maps[source][batch.image]
+        return whole + cut(batch.changes[source], batch.each, -batch.origin(self.rects[source]), whole.shape[2:])
+
     def moved(self, source: Stage, step: _Step, batch: _Batch, by: Pair = (0, 0)) -> Tensor:
         """A source's change as a patch where the step's result lies, the map moved `by` rows and columns."""
         change, before, after = batch.changes[source], self.rects[source], self.rects[step.result]
@@ -448,12 +460,8 @@ class Sweep:
 
     def change_any(self, step: _Step, batch: _Batch) -> Tensor:
         """Any operation, on whole maps."""
-        inputs = []
-        for source in step.sources:
-            change, rects = batch.changes[source], self.rects[source]
-            whole = batch.maps[source][batch.image]
-            whole += cut(change, batch.each, -batch.origin(rects), whole.shape[2:])
-            inputs.append(whole.reshape(len(whole), *source.shape))
+        inputs = [self.changed(source, batch) for source in step.sources]
+        inputs = [x.reshape(len(x), *source.shape) for x, source in zip(inputs, step.sources, strict=True)]
         out = self.result(step, batch)
         result = step.result.run(*inputs).reshape(out.shape)
         return torch.sub(result, batch.maps[step.result][batch.image], out=out)
@@ -464,6 +472,11 @@ def _tiled(rows: int, columns: int) -> Tensor:
     row, column = (axis.reshape(-1) for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
     key = (row // TILE[0] * columns + column // TILE[1]) * math.prod(TILE) + row % TILE[0] * TILE[1] + column % TILE[1]
     return key.argsort()
+
+
+def _size(stage: Stage) -> Pair:
+    """Of its maps; what is no map travels as maps of one pixel."""
+    return tuple(stage.shape[1:]) if len(stage.shape) == 3 else (1, 1)
 
 
 def _sizes(stage: Stage) -> tuple[Pair, Pair]:

@@ -25,6 +25,7 @@ class DeltaFilters(NamedTuple):
     """
 
     weight: torch.Tensor
+    groups: int
     scale: torch.Tensor | None
     packed: torch.Tensor | None
     finite: bool
@@ -32,15 +33,15 @@ class DeltaFilters(NamedTuple):
 
 def _plain_filters(weight, scale, shape, groups):
     finite = bool(weight.isfinite().all()) and (scale is None or bool(scale.isfinite().all()))
-    return DeltaFilters(weight.detach().reshape(shape), scale, None, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite)
 
 
 def _packed_filters(weight, scale, shape, groups):
     if weight.nbytes > KEPT_BYTES and groups == 1:
         extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
-        return DeltaFilters(weight.detach().reshape(shape), scale, None, bool(extremes.isfinite().all()))
+        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, bool(extremes.isfinite().all()))
     packed, finite = _filters.for_delta(weight, scale, shape, groups)
-    return DeltaFilters(weight.detach().reshape(shape), scale, packed, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite)
 
 
 _prepare = choosing("conv_delta", {"reference": _plain_filters, "cpu": _packed_filters})
@@ -61,6 +62,8 @@ def delta_filters(
         shape: [K, C / groups, kh, kw].
         groups: of the channels.
     """
+    if weight.dtype not in _change.DTYPES or 0 in weight.shape:
+        raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
     return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups)
 
 
@@ -77,7 +80,7 @@ def _by_slices(delta, filters, step, places, clean, out):
         own = slice(first, first + count)
         scale = None if filters.scale is None else filters.scale[own]
         packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, 1)
-        some = DeltaFilters(filters.weight[own], scale, packed, finite)
+        some = DeltaFilters(filters.weight[own], 1, scale, packed, finite)
         _cpu(delta, some, step, places, None if clean is None else clean[:, own], out[:, own])
     return out
 
@@ -139,11 +142,14 @@ def conv_delta(
     """
     _change.check(delta, places, clean)
     k, c, *kernel = filters.weight.shape
-    if c * step.groups != delta.size(1) or k % step.groups or tuple(kernel) != tuple(step.window[0]):
+    fits = c * step.groups == delta.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
+    if not fits or filters.groups != step.groups:
         raise ShapeError(
-            f"filters of {tuple(filters.weight.shape)} in {step.groups} groups and a window of {step.window[0]}: "
-            f"they do not take {delta.size(1)} channels"
+            f"filters of {tuple(filters.weight.shape)} in {filters.groups} groups: they do not take {delta.size(1)} "
+            f"channels in {step.groups} groups and a window of {step.window[0]}"
         )
+    if min(*step.window[1], *step.window[3]) < 1 or 0 in filters.weight.shape:
+        raise ShapeError(f"a window of {step.window} and filters of {tuple(filters.weight.shape)}: expected none of 0")
     if filters.weight.dtype != delta.dtype:
         raise ShapeError(f"filters of {filters.weight.dtype}: expected delta's {delta.dtype}")
     if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):
