@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "conv_strongest.h"
 #include "deconv_step.h"
 #include "view.h"
 
@@ -13,6 +14,7 @@
   int64_t unpool_relu_conv_transpose2d(const View&, const View&, const View&, const View&, const int64_t[2],         \
                                        const Window&, const Window&, int64_t, Overlap, int);                         \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
+  void conv_strongest(const ConvStrongest&, int);                                                                    \
   void deconv_step(const DeconvStep&, int);                                                                          \
   int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \
   void pack_filters(const View&, const void*, void*, const Window&, int64_t, int);                                   \

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
-KERNELS = ["max_pool2d_with_switches", "unpool_relu2d", "unpool_relu_conv_transpose2d", "deconv_step", "strongest"]
+KERNELS = [
+    "max_pool2d_with_switches", "unpool_relu2d", "unpool_relu_conv_transpose2d", "deconv_step", "strongest",
+    "conv_strongest",
+]  # fmt: skip
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 OPTIONS = ["-std=gnu++17", "-O2", "-Wno-psabi", "-Wno-ignored-attributes", "-pthread"]
 

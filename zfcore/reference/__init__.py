@@ -3,6 +3,7 @@
 These are the definitions that the kernels are tested against, and the fallback where no kernel is available.
 """
 
+from zfcore.reference.conv_strongest import conv_strongest
 from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
 from zfcore.reference.pool_gather2d import pool_gather2d
@@ -12,6 +13,7 @@ from zfcore.reference.unpool_relu2d import unpool_relu2d
 from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_transpose2d
 
 __all__ = [
+    "conv_strongest",
     "deconv_step",
     "max_pool2d_with_switches",
     "pool_gather2d",
