@@ -98,7 +98,12 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
         run=lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups),
         shape=(len(weight), *size),
         window=window,
-        options={"weight": lambda: weight, "groups": int(groups), "even_padding": before == after},
+        options={
+            "weight": lambda: weight,
+            "bias": lambda: bias,
+            "groups": int(groups),
+            "even_padding": before == after,
+        },
     )
 
 

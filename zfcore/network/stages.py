@@ -25,7 +25,7 @@ class Stage:
     shape:   of its output without the batch axis: (C, H, W), or (F,).
     window:  the sliding window of conv, pools and pad, else None.
     options: what its way down needs besides: of conv "weight" (a function that returns [K, C / groups, kh,
-             kw]), "groups" and "even_padding"; of relu "rectifier"; of max_pool "ceil_mode"; of avg_pool
+             kw]), "bias" (likewise, [K] or None), "groups" and "even_padding"; of relu "rectifier"; of max_pool "ceil_mode"; of avg_pool
              "share", what each pixel of a window counts (a number, or a function of a tensor that is like it:
              [1, 1, Oh, Ow]); of batch_norm "scale" (a function that returns [C]); of scale "factor" (a
              number, or [C, 1, 1]).
