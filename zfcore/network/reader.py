@@ -15,7 +15,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, fx, nn
@@ -118,6 +118,9 @@ class _Parts(tuple):
     node: fx.Node
 
 
+_PLAIN_FUNCTIONS = (FunctionType, BuiltinFunctionType, type(Tensor.add))
+
+
 class _Traced(fx.Proxy):
     """A map on its way through the model's code.
 
@@ -164,6 +167,19 @@ class _Traced(fx.Proxy):
         return self.tracer.device.type == "cuda"
 
     requires_grad = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """As fx has it, for the plain functions that models call; its own search of the arguments is slow."""
+        kwargs = kwargs or {}
+        if not isinstance(function, _PLAIN_FUNCTIONS):
+            return super().__torch_function__(function, types, args, kwargs)
+        reader = next((a.tracer for a in _flat((args, kwargs)) if isinstance(a, cls)), None)
+        if reader is None:
+            return super().__torch_function__(function, types, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(function):
+            return reader.create_proxy("call_method", function.__name__, args, kwargs)
+        return reader.create_proxy("call_function", function, args, kwargs)
 
     def _in_place(name):  # noqa: N805
         function = getattr(operator, name)
@@ -449,7 +465,7 @@ class _Reader(fx.Tracer):
 
 def _root(value: object) -> object:
     """The map that an attribute, as x.T, is read from."""
-    while isinstance(value, fx.proxy.Attribute):
+    while issubclass(type(value), fx.proxy.Attribute):
         value = value.root
     return value
 
@@ -480,14 +496,15 @@ def _changes_input(function: Callable) -> bool:
 
 
 def _flat(value: object) -> list[object]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return [value]
-    found = []
-    for part in value:
-        if isinstance(part, (tuple, list, dict)):
-            found += _flat(part)
+    """What lists, tuples and dicts hold. isinstance would ask a map for its __class__, which takes longer."""
+    found, rest = [], [value]
+    while rest:
+        part = rest.pop()
+        kind = type(part)
+        if issubclass(kind, (tuple, list)):
+            rest.extend(reversed(part))
+        elif issubclass(kind, dict):
+            rest.extend(reversed(part.values()))
         else:
             found.append(part)
     return found
@@ -516,7 +533,7 @@ def _hooks_on_all_modules() -> bool:
 @contextlib.contextmanager
 def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Proxies that the model's code sets on its modules while it is traced are taken back."""
-    kept = [(vars(module), dict(vars(module))) for module in modules]
+    kept = [(module.__dict__, module.__dict__.copy()) for module in modules]
     try:
         yield
     finally:
