@@ -4,7 +4,7 @@
 // number and a place a unit out; the maps, which are many times the picture, are not written.
 //
 // How: the filters of a block of units are packed tap after tap, so that a few vectors hold one tap of all of them. The
-// products of a tile, a few places times those vectors, stay in registers for all taps; each tap takes the vectors of its
+// sums of a tile, a few places times those vectors, stay in registers for all taps; each tap takes the vectors of its
 // filters and one broadcast a place, straight out of a copy of the rows that a band of the map sees, with its padding.
 // Then the tile's values meet the largest so far, lane by lane in raster order.
 //
@@ -134,8 +134,8 @@ struct Search {
   const int64_t channels = task.images.c(), taps = channels * conv.taps();
   const int64_t height = task.map[0], width = task.map[1];
 
-  // The rows and columns that a band of places sees, and how many rows a band has: enough bands for the threads, and
-  // near in memory.
+  // The rows and columns that a band of places sees, and how many rows a band has: enough bands for the threads, near
+  // in memory, and no shorter than what they share with the next, which both copy.
   const int64_t reach = (conv.kernel[0] - 1) * conv.dilation[0] + 1;
   const int64_t columns = (width - 1) * conv.stride[1] + (conv.kernel[1] - 1) * conv.dilation[1] + 1;
   int64_t rows_seen(int64_t rows) const { return (rows - 1) * conv.stride[0] + reach; }
@@ -223,9 +223,11 @@ struct Search {
     copy_rows(n, y, rows, copy);
     const Band band{copy, tap, taps, rows, width, conv.stride[0] * columns, conv.stride[1]};
     for (int64_t first = 0; first < vectors; first += block) {
-      const int64_t some = smaller(block, vectors - first), found = (n * bands + number) * padded_units + first * lanes;
+      const int64_t some = smaller(block, vectors - first);
+      const int64_t found = (n * bands + number) * padded_units + first * lanes;
       Best best;
-      for (int v = 0; v < some; ++v) best.value[v] = splat(std::numeric_limits<float>::quiet_NaN()), best.place[v] = M{};
+      for (V& value : best.value) value = splat(std::numeric_limits<float>::quiet_NaN());
+      for (M& place : best.place) place = M{};
       pick_search<most_vectors>(some, band, filters + first * lanes * taps, bias + first * lanes, best);
       std::memcpy(value + found, best.value, size_t(some) * sizeof(V));
       std::memcpy(place + found, best.place, size_t(some) * sizeof(M));
