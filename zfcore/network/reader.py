@@ -258,7 +258,7 @@ class _Reader(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        if not _any_proxy((args, kwargs)):
+        if not (args and isinstance(args[0], fx.Proxy)) and not _any_proxy((args, kwargs)):
             return forward(*args, **kwargs)  # a constant of the model, computed as it goes
         self.scopes.append(m)
         try:
@@ -284,14 +284,14 @@ class _Reader(fx.Tracer):
             inside = next(m.children(), None) is not None
             if inside:
                 self.blind = self.blind or str(unread.error)
-            changes = inside or refusal is not None or getattr(m, "inplace", False) is True
+            changes = inside or refusal is not None or _works_in_place(m)
             return self.lose(unread, (args, kwargs), (args, kwargs) if changes else ())
         if len(args) != 1 or kwargs:
             unread = self.unread("is called with more than one map")
-            return self.lose(unread, (args, kwargs), args if getattr(m, "inplace", False) is True else ())
+            return self.lose(unread, (args, kwargs), args if _works_in_place(m) else ())
         return self.operate(
-            lambda x: operation(x, m), args, {}, in_place=getattr(m, "inplace", False) is True,
-            view=isinstance(m, nn.Flatten | nn.Unflatten),
+            lambda x: operation(x, m), args, {}, in_place=_works_in_place(m),
+            view=isinstance(m, (nn.Flatten, nn.Unflatten)),
         )  # fmt: skip
 
     def refusal(self, m: nn.Module) -> str | None:
@@ -407,7 +407,6 @@ class _Reader(fx.Tracer):
         self.count += 1
         stage.index = self.count
         stage.name = f"{self.paths.get(self.scopes[-1], '')}:{label.rpartition('.')[2]}"
-        stage.field = _field_of(stage)
         return stage
 
     def replace(self, proxy: _Traced, stage: Stage):
@@ -514,6 +513,13 @@ def _any_proxy(value: object) -> bool:
     return any([isinstance(part, fx.Proxy) for part in _flat(value)])
 
 
+def _works_in_place(module: nn.Module) -> bool:
+    """Whether its attribute `inplace` is True; nn.Module takes long to say that it has no such attribute."""
+    if "inplace" not in module.__dict__ and not hasattr(type(module), "inplace"):
+        return False
+    return module.inplace is True
+
+
 def _is_opaque(module: nn.Module) -> bool:
     """Whether fx would not look inside: torch's own modules but the containers."""
     own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
@@ -611,6 +617,7 @@ def read_network(
     stages = _up_to(found)
     for index, stage in enumerate(stages):
         stage.index = index
+        stage.field = _field_of(stage) if stage.inputs else stage.field
         if stage in reader.owners:
             owner, i = reader.owners[stage]
             path = reader.paths.get(owner, type(owner).__name__)
