@@ -106,6 +106,16 @@ def test_the_first_convolution_is_searched_without_its_maps(name, crop, seed, mo
     assert ours.pixels.any()
 
 
+def test_a_first_convolution_of_a_negated_view():
+    """The imaginary part of a conjugate: what lies in memory has the other sign."""
+    images = torch.randn(2, 3, 12, 12, dtype=torch.complex64).conj().imag
+    assert images.is_neg()
+    model = First(3, 8, 3).eval()
+    ours, plain = (zfcore.deconv_project(model, x, "conv") for x in (images, images.clone()))
+    assert torch.equal(ours.positions, plain.positions)
+    torch.testing.assert_close(ours.pixels, plain.pixels)
+
+
 @pytest.mark.parametrize("change", [lambda p: p.mul_(1.5), lambda p: p.data.mul_(1.5)], ids=["in place", "data"])
 def test_changed_weights_count_at_the_next_call(change):
     model, images = make("alexnet")

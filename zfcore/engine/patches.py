@@ -519,12 +519,13 @@ class Engine:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel of the CPU can read it as float32."""
+    """Whether its memory holds its values in float32, for a kernel of the CPU to read."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
+        and not tensor.is_neg()
     )
 
 
