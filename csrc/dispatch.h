@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "conv_delta.h"
+#include "conv_strongest.h"
 #include "deconv_step.h"
 #include "lrn_delta.h"
 #include "view.h"
@@ -21,6 +22,7 @@
   void lrn_delta(const Change&, const Lrn&, int);                                                                    \
   void relu_delta(const Change&, const Rectifier&, int);                                                             \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
+  void conv_strongest(const ConvStrongest&, int);                                                                    \
   void deconv_step(const DeconvStep&, int);                                                                          \
   int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \
   void pack_filters(const View&, const void*, void*, const Window&, int64_t, int);                                   \
