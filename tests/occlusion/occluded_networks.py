@@ -100,6 +100,19 @@ class Sliced(nn.Module):
         return self.full(self.b((one - 0.5 * two).transpose(2, 3)).relu().amax((2, 3)))
 
 
+class Aliased(nn.Module):
+    """A change that two stages share, and that is read once more after the one has been read for the last time."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.full = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.a(x), 2).clone()
+        y = F.leaky_relu(x, 0.3) + x
+        return self.full((y + F.relu6(y)).mean((2, 3)))
+
+
 def _head(channels):
     return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
 
@@ -128,6 +141,7 @@ NETWORKS = {
     "shared modules": Shared,
     "unflattened": Unflattened,
     "sliced": Sliced,
+    "aliased": Aliased,
     "depthwise separable": lambda: nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1, bias=False), _norm(16), nn.ReLU6(), nn.Conv2d(16, 16, 3, 1, 1, groups=16), _norm(16),
         nn.ReLU6(), nn.Conv2d(16, 24, 1), _norm(24), *_head(24),

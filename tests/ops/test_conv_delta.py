@@ -345,7 +345,6 @@ def test_filters_say_whether_they_are_finite(backend):
         (dict(origin=torch.tensor([[0, 0], [8, 6], [3, 2], [0, 7]])), ValueError, "patch 3 is not inside its map"),
         (dict(origin=torch.tensor([[-1, 0], [8, 6], [3, 2], [0, 6]])), ValueError, "patch 0 is not inside its map"),
         (dict(origin=torch.full((4, 2), 2**62)), ValueError, "patch 0 is not inside its map"),
-        (dict(origin=torch.full((4, 2), -(2**63))), ValueError, "patch 0 is not inside its map"),
         (dict(out_origin=torch.tensor([[0, 0], [7, 4], [2, 1], [0, 4]])), ValueError, "patch 1"),
         (dict(out_origin=torch.tensor([[0, 0], [6, 4], [2, -1], [0, 4]])), ValueError, "patch 2"),
         (dict(out_origin=torch.full((4, 2), 2**62)), ValueError, "patch 0"),

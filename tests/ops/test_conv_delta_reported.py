@@ -53,3 +53,29 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("place", [2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("op", ["conv", "relu", "pool"])
+def test_places_at_the_ends_of_int64_are_refused(op, place):
+    """A sum that wraps around looks as if the patch were inside; to the undefined behaviour sanitizer both are errors."""
+    code = f"""{START}
+from zfcore.ops.pool_delta import pool_delta
+from zfcore.ops.relu_delta import relu_delta
+from zfcore.reference._params import Limits
+zero = torch.zeros(2, 2, dtype=torch.int64)
+delta, maps, window = torch.randn(2, 32, 2, 2), torch.randn(1, 32, 4, 4), ((1, 1), (1, 1), (0, 0), (1, 1))
+at = Places(zero[:, 0], zero + {place}, zero, (2, 2))
+try:
+    if "{op}" == "conv":
+        conv_delta(delta, delta_filters(torch.randn(4, 32, 1, 1)), ConvChange(window, 1, (4, 4), (4, 4)), at)
+    elif "{op}" == "relu":
+        relu_delta(delta, maps, Limits(), at)
+    else:
+        pool_delta(delta, maps, maps, window, at)
+except ValueError:
+    raise SystemExit(0)
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr or f"exit status {done.returncode}"
