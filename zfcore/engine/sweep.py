@@ -246,8 +246,9 @@ class Sweep:
                 scale = own if scale is None else scale * own
         before = ([stage, *chain])[-2] if rectifier else None
         result = chain[-1] if chain else stage
-        self.rects[result] = self.rects[stage] = self.rects[source].reached(window, above)
-        pairs = self.rects[source].pairs(window, above)
+        below = self.rects[source]
+        self.rects[result] = self.rects[stage] = below.reached(window, above)
+        pairs = below.pairs(window, above)
         wide = -(-shape[0] // groups // LANES) * LANES * groups  # outputs, in whole blocks
         return _Step(
             result,
@@ -255,7 +256,7 @@ class Sweep:
             Sweep.change_product,
             (before,) if before else (),
             macs=pairs * shape[1] * wide,
-            plain=math.prod(above) * math.prod(shape),
+            plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             before=before,
             filters=delta_filters(weight, scale, shape, groups),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),

@@ -20,8 +20,8 @@ SLICE_BYTES = 64 * 2**20
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them, None where they are packed by
-    slices. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them with the
+    instructions of `isa`, None where they are packed by slices. finite: whether all are.
     """
 
     weight: torch.Tensor
@@ -29,6 +29,7 @@ class DeltaFilters(NamedTuple):
     scale: torch.Tensor | None
     packed: torch.Tensor | None
     finite: bool
+    isa: str = ""
 
 
 def _plain_filters(weight, scale, shape, groups):
@@ -41,7 +42,7 @@ def _packed_filters(weight, scale, shape, groups):
         extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
         return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, bool(extremes.isfinite().all()))
     packed, finite = _filters.for_delta(weight, scale, shape, groups)
-    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, native.cpu_isa())
 
 
 _prepare = choosing("conv_delta", {"reference": _plain_filters, "cpu": _packed_filters})
@@ -73,20 +74,20 @@ def _reference(delta, filters, step, places, clean, out):
 
 
 def _by_slices(delta, filters, step, places, clean, out):
-    """As `_cpu`, a slice of the outputs after the other."""
+    """As `_cpu`, with filters packed for this call, a slice of the outputs after the other."""
     out = _change.empty(delta, len(filters.weight), places, out)
-    count = max(1, SLICE_BYTES // filters.weight[0].nbytes)
+    count = max(1, SLICE_BYTES // filters.weight[0].nbytes) if step.groups == 1 else len(filters.weight)
     for first in range(0, len(filters.weight), count):
         own = slice(first, first + count)
-        scale = None if filters.scale is None else filters.scale[own]
-        packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, 1)
-        some = DeltaFilters(filters.weight[own], 1, scale, packed, finite)
+        scale = None if filters.scale is None else filters.scale[own].to(delta.dtype).contiguous()
+        packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, step.groups)
+        some = DeltaFilters(filters.weight[own], step.groups, scale, packed, finite, native.cpu_isa())
         _cpu(delta, some, step, places, None if clean is None else clean[:, own], out[:, own])
     return out
 
 
 def _cpu(delta, filters, step, places, clean, out):
-    if filters.packed is None:
+    if filters.packed is None or filters.isa != native.cpu_isa():
         return _by_slices(delta, filters, step, places, clean, out)
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)

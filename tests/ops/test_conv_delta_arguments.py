@@ -1,4 +1,4 @@
-"""What conv_delta gets wrong so far: arguments that end the process, or are taken and should not be."""
+"""Arguments of conv_delta that must not end the process, nor be taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the incremental engine of occlusion_map gets wrong so far: each case as small as it goes."""
+"""The incremental engine on outputs, values and scores that are easy to get wrong."""
 
 import pytest
 import torch
