@@ -35,7 +35,7 @@ namespace ZF_ISA {
 namespace {
 
 constexpr int most_rows = ZF_VECTOR_BYTES == 64 ? 12 : 6;  // of a tile: two vectors each, and two of filters, in registers
-constexpr int64_t near_bytes = 24 << 10;                   // filters that stay in the first-level cache
+constexpr int64_t near_bytes = 28 << 10;                   // filters that stay in the first-level cache
 constexpr int64_t values_bytes = 512 << 10;                // values of a group of patches, in the second-level cache
 constexpr int64_t window_values = 512;                     // of a window that is taken as one pixel, at most
 constexpr int64_t most_patches = 384;                      // of a group
