@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 
 from zfcore import reference
-from zfcore.errors import ShapeError
+from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _boundary, _change, _filters
-from zfcore.ops._library import choosing, native
+from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import ConvChange, Limits, Places
 
 
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU, or Triton, reads them. finite: whether all are.
     """
 
     weight: torch.Tensor
@@ -35,7 +35,18 @@ def _packed_filters(weight, scale, shape, groups):
     return DeltaFilters(weight.detach().reshape(shape), scale, packed, finite)
 
 
-_prepare = choosing("conv_delta", {"reference": _plain_filters, "cpu": _packed_filters})
+def _triton_filters(weight, scale, shape, groups):
+    if weight.dtype != torch.float32:
+        raise DtypeError(f"weight of {weight.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
+    weight = weight.detach().reshape(shape)
+    packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
+    packed = packed.permute(0, 2, 3, 1).contiguous()  # [K, kh, kw, C / groups]
+    return DeltaFilters(weight, scale, packed, bool(packed.isfinite().all()))
+
+
+_prepare = choosing(
+    "conv_delta", {"reference": _plain_filters, "cpu": _packed_filters, "triton": _triton_filters}
+)
 
 
 def delta_filters(
@@ -62,7 +73,7 @@ def _reference(delta, filters, step, places, clean, out):
 
 
 def _cpu(delta, filters, step, places, clean, out):
-    if filters.packed is None:
+    if filters.packed is None or filters.packed.dtype != torch.uint8:
         raise ShapeError("filters: they were made ready for another backend")
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
@@ -86,7 +97,18 @@ def _cpu(delta, filters, step, places, clean, out):
     return out
 
 
-_run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu})
+def _triton(delta, filters, step, places, clean, out):
+    delta, clean = _change.for_triton(delta, clean)
+    if filters.packed is None or filters.packed.dtype != delta.dtype:
+        raise ShapeError("filters: they were made ready for another backend")
+    out = _change.empty(delta, len(filters.weight), places, out)
+    own = (x.contiguous() for x in places[:3])
+    return triton_kernel("conv_delta")(
+        delta, filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier
+    )
+
+
+_run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
 def conv_delta(
