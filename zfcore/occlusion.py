@@ -301,7 +301,7 @@ def _sweep(
         return None
     if not sweeps(images) or not len(grid):
         return None
-    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size)
+    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, images.device)
     return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
 
 
@@ -318,14 +318,14 @@ def _by_changes(
     """Measures all positions with the engine. Returns the images [k] whose maps were not finite, to be done again:
     what an infinity differs by from another is no number.
     """
-    finite = torch.ones(len(images), dtype=torch.bool)
+    finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for begin, end in sweep.image_batches(len(images)):
         own = slice(begin, end)
         maps = sweep.up(images[own])
         for each in (images[own], *maps.values()):
             finite[own] &= each.flatten(1).isfinite().all(1)
         output = maps[sweep.output].reshape(end - begin, *sweep.output.shape)
-        owners = torch.arange(begin, end)
+        owners = torch.arange(begin, end, device=images.device)
         scores, labels = answers.read(output, owners, True)
         clean = None if totals is None else totals.sum(maps[sweep.feature], owners, True)
         measured.put("clean", owners, [scores, labels, clean])

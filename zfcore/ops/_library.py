@@ -215,9 +215,15 @@ def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
     return run
 
 
-def runs_on_cpu() -> bool:
-    """Whether an op with a CPU kernel would run it on CPU tensors now, or was told to run on the reference."""
-    return _choice.name == "reference" or (_choice.name in (None, "cpu") and _status("cpu").available)
+def runs_on(device: torch.device, names: tuple[str, ...]) -> bool:
+    """Whether an op with kernels of these backends would run one on such tensors now, or was told to run on the
+    reference.
+    """
+    if _choice.name == "reference":
+        return True
+    kernels = dict.fromkeys(names)
+    tried = _BY_DEVICE.get(device.type, ()) if _choice.name is None else (_choice.name,)
+    return any(not _refusal(name, "op", kernels, device) for name in tried)
 
 
 def register(
