@@ -43,9 +43,9 @@ class Config(NamedTuple):
 # By precision, from small to large. The last of those for tensor cores has too many sums for the registers of GPUs
 # before Hopper, whose tensor cores take their factors from registers.
 CONFIGS = {
-    "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 4, 3), Config(128, 64, 16, 8, 3)),
-    "tf32": (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), Config(128, 128, 32, 8, 3)),
-    "bf16": (Config(64, 64, 64, 4, 3), Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+    "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 4, 3)),
+    "tf32": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
+    "bf16": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
 }
 PROGRAMS = 128  # fewer would leave multiprocessors of a large GPU idle
 
@@ -170,7 +170,7 @@ def conv_delta_kernel(
 
 def configs(precision: str, capability: int) -> tuple[Config, ...]:
     """The tiles that a GPU of this compute capability (90: Hopper) takes, from small to large."""
-    return CONFIGS[precision][: 2 if precision != "ieee" and capability < 90 else 3]
+    return CONFIGS[precision][: 2 if capability < 90 else None]
 
 
 def config_of(precision: str, filters: int, rows: int, capability: int = 80) -> Config:
