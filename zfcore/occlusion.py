@@ -292,7 +292,7 @@ def _sweep(
         return None
     if not sweeps(images):
         return None
-    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size)
+    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, images.device)
     return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
 
 

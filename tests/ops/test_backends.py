@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -32,13 +36,65 @@ def test_backends_say_why_they_are_missing():
         assert status.available == (status.reason == "")
 
 
-def test_forcing_a_missing_backend_says_why():
-    with pytest.raises(
-        BackendUnavailable, match="'triton' is not available: the Triton kernels are not part"
-    ):
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_forcing_a_missing_backend_says_why(no_gpu, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="'triton' is not available: triton is not installed"):
         ops.use_backend("triton")
     with pytest.raises(ArgumentError, match="name='gpu': expected one of the backends reference, cpu"):
         ops.use_backend("gpu")
+
+
+def test_triton_says_what_it_lacks(no_gpu, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(BackendUnavailable, match="no usable CUDA device, and TRITON_INTERPRET=1, which needs none"):
+        ops.use_backend("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_library, "_load_kernels", lambda: "the Triton kernels do not load: ImportError: libfoo")
+    assert ops.backends()["triton"] == (False, "the Triton kernels do not load: ImportError: libfoo")
+    monkeypatch.setattr(_library, "_load_kernels", lambda: "")
+    assert ops.backends()["triton"] == (True, "")
+
+
+def test_triton_takes_cpu_tensors_only_where_it_interprets(monkeypatch):
+    monkeypatch.setattr(_library, "_triton_status", lambda: _library.BackendStatus(True, ""))
+    cpu, kernels = torch.device("cpu"), {"triton": None}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert _library._refusal("triton", "op", kernels, cpu) == "it takes cuda tensors, not cpu"
+    assert _library._refusal("triton", "op", kernels, torch.device("cuda")) == ""
+    assert _library._refusal("triton", "op", {}, torch.device("cuda")) == "it has no kernel for op"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _library._refusal("triton", "op", kernels, cpu) == ""
+
+
+def test_cuda_tensors_run_on_triton_where_there_is_no_cuda_kernel(monkeypatch):
+    have = {"cuda", "triton"}
+    monkeypatch.setattr(
+        _library, "_status", lambda name: _library.BackendStatus(name in have, "" if name in have else "not here")
+    )
+    monkeypatch.setattr(_library, "_learn_plain", lambda device: None)
+    cuda = torch.device("cuda")
+    both = {"reference": 0, "cuda": 1, "triton": 2}
+    assert _library._default("op", both, cuda) == 1
+    assert _library._default("op", {"reference": 0, "cpu": 1, "triton": 2}, cuda) == 2
+    have.remove("cuda")
+    assert _library._default("op", both, cuda) == 2
+    have.remove("triton")
+    with pytest.warns(RuntimeWarning, match="for cuda tensors: not here; triton: not here"):
+        assert _library._default("op", both, cuda) == 0
+
+
+def test_importing_leaves_triton_alone():
+    """It takes a second, and only tensors on a GPU need it."""
+    code = "import sys, zfcore.ops, zfcore.occlusion; zfcore.backends(); print('triton' in sys.modules)"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.fixture

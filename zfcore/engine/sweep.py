@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfcore.network import Network, Stage, Window
-from zfcore.ops._library import runs_on_cpu
+from zfcore.ops._library import runs_on
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.pool_delta import pool_delta
@@ -40,7 +40,9 @@ TILE = (4, 6)  # positions that stand together in a batch, rows then columns: ne
 
 def sweeps(images: Tensor) -> bool:
     """Whether the engine has kernels for these images' device and dtype, or was told to do without."""
-    return images.device.type == "cpu" and images.dtype in (torch.float32, torch.float64) and runs_on_cpu()
+    if images.dtype not in (torch.float32, torch.float64):
+        return False
+    return runs_on(images.device, ("cpu", "triton") if images.dtype == torch.float32 else ("cpu",))
 
 
 class Rects(NamedTuple):
@@ -116,14 +118,17 @@ class _Step:
 class _Batch:
     """Some positions: the image (within the image batch), the row and the column of the grid of each, [B]."""
 
-    def __init__(self, image: Tensor, row: Tensor, column: Tensor, maps: dict[Stage, Tensor]):
-        self.image, self.row, self.column, self.maps = image, row, column, maps
-        self.each = torch.arange(len(image))
+    def __init__(self, image: Tensor, row: Tensor, column: Tensor, maps: dict[Stage, Tensor], starts: dict):
+        self.image, self.row, self.column, self.maps, self.starts = image, row, column, maps, starts
+        self.each = torch.arange(len(image), device=image.device)
         self.changes: dict[Stage, Tensor] = {}
 
     def origin(self, rects: Rects) -> Tensor:
         """Where each position's rectangle begins, [B, 2]."""
-        return torch.stack((torch.tensor(rects.y)[self.row], torch.tensor(rects.x)[self.column]), 1)
+        if rects not in self.starts:  # kept: on a GPU each would be a copy to wait for
+            self.starts[rects] = tuple(torch.tensor(axis, device=self.image.device) for axis in rects[:2])
+        y, x = self.starts[rects]
+        return torch.stack((y[self.row], x[self.column]), 1)
 
     def places(self, before: Rects, after: Rects) -> Places:
         return Places(self.image, self.origin(before), self.origin(after), after.size)
@@ -133,7 +138,7 @@ class Sweep:
     """A network made ready for one grid of boxes.
 
     network: read up to its output. feature: a stage of it whose changes are asked for, or None. y, x: the boxes' spans
-    [begin, end) in pixels. dtype: float32 or float64.
+    [begin, end) in pixels. dtype: float32 or float64. device: of the network and the images.
     """
 
     def __init__(
@@ -144,8 +149,9 @@ class Sweep:
         x: tuple[Pair, ...],
         dtype: torch.dtype,
         batch_size: int | None,
+        device: torch.device = torch.device("cpu"),
     ):
-        self.network, self.feature, self.dtype = network, feature, dtype
+        self.network, self.feature, self.dtype, self.device = network, feature, dtype, device
         self.picture, self.output = network.stages[0], network.layer
         self.boxes = y, x
         self.readers = network.consumers()
@@ -159,7 +165,9 @@ class Sweep:
         self.kept = {self.output, *(source for step in self.steps for source in step.clean)}
         if feature is not None:
             self.kept.add(feature)
-        self.rank = _tiled(len(y), len(x)).argsort()
+        self.rank = _tiled(len(y), len(x)).argsort().to(device)
+        self.spans = tuple(torch.tensor(axis, device=device).reshape(-1, 2) for axis in self.boxes)
+        self.starts: dict[Rects, tuple[Tensor, Tensor]] = {}
         self.offset, self.length = self.plan_memory()
         most = CHANGE_BYTES // (max(self.length, 1) * dtype.itemsize)
         self.chosen_size = batch_size
@@ -242,7 +250,7 @@ class Sweep:
         scale = None
         for factor in chain:
             if factor.kind in ("batch_norm", "scale"):
-                own = _factor(factor, self.dtype).reshape(-1).expand(shape[0])
+                own = self.factor(factor).reshape(-1).expand(shape[0])
                 scale = own if scale is None else scale * own
         before = ([stage, *chain])[-2] if rectifier else None
         result = chain[-1] if chain else stage
@@ -349,11 +357,11 @@ class Sweep:
         if self.chosen_size is None:
             size = -(-len(index) // -(-len(index) // size))  # batches of near-equal sizes
         if self.memory is None or len(self.memory) < size * self.length:
-            self.memory = torch.empty(size * self.length, dtype=self.dtype)
+            self.memory = torch.empty(size * self.length, dtype=self.dtype, device=self.device)
         order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
         for own in index[order].split(size):
             position = own % per_image
-            batch = _Batch(own // per_image, position // columns, position % columns, maps)
+            batch = _Batch(own // per_image, position // columns, position % columns, maps, self.starts)
             batch.changes[self.picture] = self.painted(images, fill, batch)
             feature = batch.changes[self.picture].clone() if self.feature is self.picture else None
             for step in self.steps:
@@ -372,12 +380,21 @@ class Sweep:
         change = cut(fill, batch.image, origin, rects.size) - cut(images, batch.image, origin, rects.size)
         covered = []
         for axis, where in ((0, batch.row), (1, batch.column)):
-            begin, end = torch.tensor(self.boxes[axis])[where].unbind(1)
-            pixel = origin[:, axis, None] + torch.arange(rects.size[axis])
+            begin, end = self.spans[axis][where].unbind(1)
+            pixel = origin[:, axis, None] + torch.arange(rects.size[axis], device=self.device)
             covered.append((begin[:, None] <= pixel) & (pixel < end[:, None]))
         return change.masked_fill_(~(covered[0][:, None, :, None] & covered[1][:, None, None, :]), 0)
 
     # -- the steps
+
+    def pair(self, pair: Pair) -> Tensor:
+        return torch.tensor(pair, device=self.device)
+
+    def factor(self, stage: Stage) -> Tensor:
+        """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
+        if stage.kind == "batch_norm":
+            return stage.options["scale"]()[:, None, None].to(self.dtype)
+        return torch.as_tensor(stage.options["factor"], dtype=self.dtype, device=self.device)
 
     def result(self, step: _Step, batch: _Batch) -> Tensor:
         """Memory for the step's change, channels last, its contents undefined."""
@@ -413,7 +430,7 @@ class Sweep:
         )
 
     def change_scale(self, step: _Step, batch: _Batch) -> Tensor:
-        factor = _factor(step.result, self.dtype)
+        factor = self.factor(step.result)
         return torch.mul(batch.changes[step.sources[0]], factor, out=self.result(step, batch))
 
     def change_nothing(self, step: _Step, batch: _Batch) -> Tensor:
@@ -422,12 +439,12 @@ class Sweep:
     def change_avg_pool(self, step: _Step, batch: _Batch) -> Tensor:
         window, share = step.result.window, step.result.options["share"]
         places = self.places(step, batch)
-        corner = places.out_origin * torch.tensor(window.stride) - torch.tensor(window.padding)
+        corner = places.out_origin * self.pair(window.stride) - self.pair(window.padding)
         reach = [(n - 1) * s + k for n, s, k in zip(places.size, window.stride, window.kernel, strict=True)]
         under = cut(batch.changes[step.sources[0]], batch.each, corner - places.origin, reach)
         total = F.avg_pool2d(under, window.kernel, window.stride, divisor_override=1)
         if callable(share):
-            counts = share(torch.zeros(1, dtype=self.dtype))
+            counts = share(torch.zeros(1, dtype=self.dtype, device=self.device))
             share = cut(counts, torch.zeros_like(batch.image), places.out_origin, places.size)
         return torch.mul(total, share, out=self.result(step, batch))
 
@@ -445,7 +462,7 @@ class Sweep:
         change, before, after = batch.changes[source], self.rects[source], self.rects[step.result]
         if before == after and by == (0, 0):
             return change
-        start = batch.origin(after) - batch.origin(before) - torch.tensor(by)
+        start = batch.origin(after) - batch.origin(before) - self.pair(by)
         return cut(change, batch.each, start, after.size)
 
     def change_pad(self, step: _Step, batch: _Batch) -> Tensor:
@@ -489,10 +506,3 @@ def _limits(stage: Stage | None) -> Limits:
         return Limits()
     rectifier = stage.options["rectifier"]
     return Limits(rectifier.slope, rectifier.upper)
-
-
-def _factor(stage: Stage, dtype: torch.dtype) -> Tensor:
-    """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
-    if stage.kind == "batch_norm":
-        return stage.options["scale"]()[:, None, None].to(dtype)
-    return torch.as_tensor(stage.options["factor"], dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary
 from zfcore.reference._params import Places
 
@@ -25,12 +25,17 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> No
     ):
         if tuple(value.shape) != shape or value.dtype != torch.int64:
             raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
+        if value.device != delta.device:
+            raise DeviceError(f"{name} on {value.device}: expected {delta.device}, where delta is")
     for clean in maps:
         if clean is None:
             continue
         if clean.dim() != 4 or clean.dtype != delta.dtype:
             raise ShapeError(f"maps of {clean.dtype} {tuple(clean.shape)}: expected {delta.dtype} [N, C, H, W]")
-        if b and not 0 <= int(places.image.min()) <= int(places.image.max()) < len(clean):
+        if clean.device != delta.device:
+            raise DeviceError(f"maps on {clean.device}: expected {delta.device}, where delta is")
+        # On a GPU it would have to be waited for; the kernels there look themselves.
+        if b and delta.device.type == "cpu" and not 0 <= int(places.image.min()) <= int(places.image.max()) < len(clean):
             raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
 
 
@@ -55,3 +60,10 @@ def native_change(
     held = (*map(channels_last, (delta, before, after)), out, *(x.contiguous() for x in places[:3]))
     views = tuple(map(_boundary.view, held[:4]))
     return (*views, *map(_boundary.address, held[4:])), held
+
+
+def for_triton(delta: torch.Tensor, *maps: torch.Tensor | None) -> tuple:
+    """Each channels last, as the Triton kernels take them; those compute in float32."""
+    if delta.dtype != torch.float32:
+        raise DtypeError(f"delta of {delta.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
+    return tuple(None if x is None else channels_last(x) for x in (delta, *maps))

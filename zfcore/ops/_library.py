@@ -1,13 +1,17 @@
 """The one ``torch.library.Library("zfcore")``, and the choice of the backend that runs an op.
 
-The tensor's device chooses: CPU tensors run on the native kernels, CUDA tensors on the CUDA kernels,
-everything else on the reference. What falls back to the reference says so once, with the reason.
+The tensor's device chooses: CPU tensors run on the native kernels, CUDA tensors on the CUDA kernels, or on the Triton
+kernels for an op that has no other, everything else on the reference. What falls back to the reference says so once,
+with the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +25,7 @@ from zfcore.errors import ArgumentError, BackendUnavailable
 library = torch.library.Library("zfcore", "DEF")
 
 NAMES = ("reference", "cpu", "cuda", "triton")
+_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # which backends run a device's tensors, best first
 
 
 class BackendStatus(NamedTuple):
@@ -40,6 +45,37 @@ def _load_native() -> tuple[ModuleType | None, str]:
 native, _native_missing = _load_native()
 
 
+@functools.cache
+def _load_kernels() -> str:
+    """Why the Triton kernels do not load, or an empty string."""
+    try:
+        importlib.import_module("zfcore.kernels._places")
+    except Exception as error:  # an incomplete or unsuited Triton fails in many ways, on its import
+        return f"the Triton kernels do not load: {type(error).__name__}: {error}"
+    return ""
+
+
+def triton_kernel(name: str) -> Callable:
+    """The launcher of a Triton kernel. Triton is imported when the first one is asked for."""
+    return getattr(importlib.import_module(f"zfcore.kernels.{name}"), name)
+
+
+def interprets() -> bool:
+    """Whether Triton runs its kernels in Python, and so on CPU tensors, too."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "triton is not installed")
+    if not interprets() and not torch.cuda.is_available():
+        return BackendStatus(
+            False, "torch finds no usable CUDA device, and TRITON_INTERPRET=1, which needs none, is not set"
+        )
+    missing = _load_kernels()
+    return BackendStatus(not missing, missing)
+
+
 class _Choice(threading.local):
     name: str | None = None  # the backend that use_backend() forces in this thread
 
@@ -51,7 +87,7 @@ def _status(name: str) -> BackendStatus:
     if name == "reference":
         return BackendStatus(True, "")
     if name == "triton":
-        return BackendStatus(False, "the Triton kernels are not part of this release")
+        return _triton_status()
     if native is None:
         return BackendStatus(False, _native_missing)
     if name == "cuda":
@@ -103,8 +139,11 @@ def _refusal(name: str, op: str, kernels: Mapping[str, Callable], device: torch.
         return status.reason
     if name not in kernels:
         return f"it has no kernel for {op}"
-    if name != "reference" and name != device.type:
-        return f"it takes {name} tensors, not {device.type}"
+    takes = (name,)
+    if name == "triton":
+        takes = ("cuda", "cpu") if interprets() else ("cuda",)
+    if name != "reference" and device.type not in takes:
+        return f"it takes {' or '.join(takes)} tensors, not {device.type}"
     return ""
 
 
@@ -138,15 +177,19 @@ def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> Callable:
-    if device.type in NAMES:
-        refusal = _refusal(device.type, op, kernels, device)
-    else:
-        refusal = f"there are no kernels for {device.type} tensors"
-    if not refusal:
-        _learn_plain(device)
-        return kernels[device.type]
+    refusals = []
+    for name in _BY_DEVICE.get(device.type, ()):
+        refusal = _refusal(name, op, kernels, device)
+        if not refusal:
+            _learn_plain(device)
+            return kernels[name]
+        if name == device.type:
+            refusals.append(refusal)
+        elif name in kernels:
+            refusals.append(f"{name}: {refusal}")
+    why = "; ".join(refusals) or f"there are no kernels for {device.type} tensors"
     warnings.warn(
-        f"zfcore.{op} runs on the reference (plain PyTorch, slower) for {device.type} tensors: {refusal}",
+        f"zfcore.{op} runs on the reference (plain PyTorch, slower) for {device.type} tensors: {why}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -172,9 +215,15 @@ def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
     return run
 
 
-def runs_on_cpu() -> bool:
-    """Whether an op with a CPU kernel would run it on CPU tensors now, or was told to run on the reference."""
-    return _choice.name == "reference" or (_choice.name in (None, "cpu") and _status("cpu").available)
+def runs_on(device: torch.device, names: tuple[str, ...]) -> bool:
+    """Whether an op with kernels of these backends would run one on such tensors now, or was told to run on the
+    reference.
+    """
+    if _choice.name == "reference":
+        return True
+    kernels = dict.fromkeys(names)
+    tried = _BY_DEVICE.get(device.type, ()) if _choice.name is None else (_choice.name,)
+    return any(not _refusal(name, "op", kernels, device) for name in tried)
 
 
 def register(

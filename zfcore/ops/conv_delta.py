@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 
 from zfcore import reference
-from zfcore.errors import ShapeError
+from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _boundary, _change, _filters
-from zfcore.ops._library import choosing, native
+from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import ConvChange, Limits, Places
-
 
 KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
 SLICE_BYTES = 64 * 2**20
@@ -20,8 +19,8 @@ SLICE_BYTES = 64 * 2**20
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU reads them with the
-    instructions of `isa`, None where they are packed by slices. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as `reader` reads them, an instruction set of the CPU or
+    "triton"; None where they are packed at each call. finite: whether all are.
     """
 
     weight: torch.Tensor
@@ -29,7 +28,7 @@ class DeltaFilters(NamedTuple):
     scale: torch.Tensor | None
     packed: torch.Tensor | None
     finite: bool
-    isa: str = ""
+    reader: str = ""
 
 
 def _plain_filters(weight, scale, shape, groups):
@@ -45,7 +44,18 @@ def _packed_filters(weight, scale, shape, groups):
     return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, native.cpu_isa())
 
 
-_prepare = choosing("conv_delta", {"reference": _plain_filters, "cpu": _packed_filters})
+def _triton_filters(weight, scale, shape, groups):
+    if weight.dtype != torch.float32:
+        raise DtypeError(f"weight of {weight.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
+    weight = weight.detach().reshape(shape)
+    packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
+    packed = packed.permute(0, 2, 3, 1).contiguous()  # [K, kh, kw, C / groups]
+    return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), "triton")
+
+
+_prepare = choosing(
+    "conv_delta", {"reference": _plain_filters, "cpu": _packed_filters, "triton": _triton_filters}
+)
 
 
 def delta_filters(
@@ -87,7 +97,7 @@ def _by_slices(delta, filters, step, places, clean, out):
 
 
 def _cpu(delta, filters, step, places, clean, out):
-    if filters.packed is None or filters.isa != native.cpu_isa():
+    if filters.packed is None or filters.reader != native.cpu_isa():
         return _by_slices(delta, filters, step, places, clean, out)
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
@@ -111,7 +121,18 @@ def _cpu(delta, filters, step, places, clean, out):
     return out
 
 
-_run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu})
+def _triton(delta, filters, step, places, clean, out):
+    delta, clean = _change.for_triton(delta, clean)
+    if filters.reader != "triton":
+        filters = _triton_filters(filters.weight, filters.scale, tuple(filters.weight.shape), step.groups)
+    out = _change.empty(delta, len(filters.weight), places, out)
+    own = (x.contiguous() for x in places[:3])
+    return triton_kernel("conv_delta")(
+        delta, filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier
+    )
+
+
+_run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
 def conv_delta(

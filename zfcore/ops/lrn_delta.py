@@ -7,7 +7,7 @@ import torch
 from zfcore import reference
 from zfcore.errors import ShapeError
 from zfcore.ops import _boundary, _change
-from zfcore.ops._library import choosing, native
+from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import Lrn, Places
 
 
@@ -23,7 +23,13 @@ def _cpu(delta, before, after, lrn, places, out):
     return out
 
 
-_run = choosing("lrn_delta", {"reference": _reference, "cpu": _cpu})
+def _triton(delta, before, after, lrn, places, out):
+    out = _change.empty(delta, delta.size(1), places, out)
+    image, origin = (x.contiguous() for x in places[:2])
+    return triton_kernel("lrn_delta")(*_change.for_triton(delta, before, after), lrn, image, origin, out)
+
+
+_run = choosing("lrn_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
 def lrn_delta(

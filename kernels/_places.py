@@ -1,0 +1,39 @@
+"""Where the pixels of patches lie in clean maps: shared by the kernels on changes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # read where Triton reads it: when a kernel is defined
+LARGEST = 2**31 - 1
+
+
+@triton.jit
+def places(m, is_pixel, image, out_origin, size_y, size_x, images, height, width):
+    """Of pixel m of patches of size_y x size_x, one after the other: its patch, the row and column in it, its clean
+    map, the row and column there, and whether there is such a place. Memory is reached for at known places only.
+    """
+    b = (m // (size_y * size_x)).to(tl.int64)
+    py = (m // size_x) % size_y
+    px = m % size_x
+    which = tl.load(image + b)
+    y = tl.load(out_origin + 2 * b) + py
+    x = tl.load(out_origin + 2 * b + 1) + px
+    known = is_pixel & (which >= 0) & (which < images) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return b, py, px, which, y, x, known
+
+
+def check(**tensors: torch.Tensor) -> None:
+    """Refuse what the kernels cannot read: other dtypes than float32 and the half ones, channels that lie apart."""
+    for name, x in tensors.items():
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} of {x.dtype}: expected float32, bfloat16 or float16")
+        if x.dim() != 4 or (x.size(1) > 1 and x.stride(1) != 1):
+            raise ValueError(f"{name} of {tuple(x.shape)}, strides {x.stride()}: expected channels last")
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of images, rows and columns."""
+    return x.stride(0), x.stride(2), x.stride(3)

@@ -1,0 +1,284 @@
+"""What a convolution's output changes by where its input changes inside a patch: conv_delta on a GPU.
+
+    g_b   = the convolution of the change d_b, which is delta[b] in its patch and zero elsewhere; no bias
+    out_b = f(z + g_b) - f(z) with the clean output z of the patch's image, or g_b where nothing is rectified
+    f(v)  = slope * v where v < 0, upper where v > upper, else v
+
+A matrix product that is never laid out: its rows are the outputs of all patches, its columns the filters, and what is
+summed over the taps times the channels is gathered from the patches as it is needed. Channels are neighbours, so that
+where columns of a window are too, the taps of one of its rows are a single run of kw * C values, cut at the patch's
+edges. Of each tap, or row of taps, a tile looks up first which part of it any of its rows reaches, and passes the rest
+by: a small patch reaches few taps of a large filter.
+
+The least to do: 2 * B * size * K * (taps inside the patch) * C operations; bytes: the patches once for each BLOCK_N
+filters, the filters once for each BLOCK_M outputs, both out of the second-level cache, and the results once.
+
+Every sum is taken in one order, whatever else is in the batch: what is passed by would have added zeros.
+
+Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2. The reuse of clean maps: Nakandala et al., SIGMOD 2019.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._places import INTERPRETED, LARGEST, check, places, strides
+from .relu_delta import rectified
+
+
+class Config(NamedTuple):
+    """The tile of a program, and how it is run."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# By precision, from small to large. The last of those for tensor cores has too many sums for the registers of GPUs
+# before Hopper, whose tensor cores take their factors from registers.
+CONFIGS = {
+    "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 4, 3)),
+    "tf32": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
+    "bf16": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+}
+PROGRAMS = 128  # fewer would leave multiprocessors of a large GPU idle
+
+
+@triton.jit
+def _finish(
+    change, out, clean, is_row, is_known, n, unit, group_filters, slope, upper,
+    RECTIFIED: tl.constexpr, HAS_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """Writes change [M, n], of the filters n of a group that begins at `unit`; out, clean: where each row begins."""
+    is_filter = (n < group_filters)[None, :]
+    unit = (unit + n)[None, :]
+    if RECTIFIED:
+        # Where a place is not in the clean maps, nothing is read and the result is NaN.
+        z = tl.load(clean[:, None] + unit, mask=is_known[:, None] & is_filter, other=float("nan")).to(tl.float32)
+        change = rectified(z + change, slope, upper, HAS_SLOPE) - rectified(z, slope, upper, HAS_SLOPE)
+    tl.store(out[:, None] + unit, change.to(out.dtype.element_ty), mask=is_row[:, None] & is_filter)
+
+
+@triton.jit
+def conv_delta_kernel(
+    delta,  # [B, h, w, C], pixels and channels dense
+    filters,  # [K, taps_y, taps_x, run]
+    clean,  # [N, above_y, above_x, K]
+    image,  # [B] int64
+    origin,  # [B, 2] int64
+    out_origin,  # [B, 2] int64
+    out,  # [B, size_y, size_x, K]
+    rows,  # of the product: B * size_y * size_x
+    height,  # of a patch
+    width,
+    channels,  # of delta
+    size_y,
+    size_x,
+    group_filters,  # K / groups
+    run,  # values of a tap that are neighbours in both delta and filters
+    taps_y,
+    taps_x,
+    stride_y,
+    stride_x,
+    padding_y,
+    padding_x,
+    dilation_y,
+    dilation_x,
+    images,  # N
+    above_y,
+    above_x,
+    delta_b,  # strides
+    delta_y,
+    clean_n,
+    clean_y,
+    clean_x,
+    out_b,
+    out_y,
+    out_x,
+    slope,
+    upper,
+    RECTIFIED: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,  # in the interpreter, whose products of bf16 are wrong
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    group = tl.program_id(1)
+    tiles_n = tl.cdiv(group_filters, BLOCK_N)
+    tile = tl.program_id(0)  # the filters of one tile of rows one after the other, while its patches are at hand
+    m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # the launcher sees to it that it fits
+    n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = m < rows
+    is_filter = n < group_filters
+    m = tl.minimum(m, rows - 1)
+    b, py, px, which, oy, ox, is_known = places(
+        m, is_row, image, out_origin, size_y, size_x, images, above_y, above_x
+    )
+
+    # The first tap in the patch's own rows and columns. What lies too far off to reach it is drawn nearer, so that
+    # 32 bits hold it.
+    reach_y, reach_x = dilation_y * taps_y, tl.maximum(dilation_x * taps_x, tl.cdiv(run, channels))
+    dy = oy * stride_y - padding_y - tl.load(origin + 2 * b)
+    dx = ox * stride_x - padding_x - tl.load(origin + 2 * b + 1)
+    dy = tl.minimum(tl.maximum(dy, -reach_y), height).to(tl.int32)
+    dx = tl.minimum(tl.maximum(dx, -reach_x), width).to(tl.int32)
+
+    out += b * out_b + py.to(tl.int64) * out_y + px.to(tl.int64) * out_x  # where each row's result begins
+    clean += which * clean_n + oy * clean_y + ox * clean_x
+
+    patch = delta + b * delta_b
+    own = filters + (group * group_filters + n).to(tl.int64) * (taps_y * taps_x * run)
+    line = width * channels
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for tap in range(0, taps_y * taps_x):
+        y = dy + (tap // taps_x) * dilation_y
+        start = (dx + (tap % taps_x) * dilation_x) * channels + group * run  # in the patch's row, may be before it
+        inside = is_row & (y >= 0) & (y < height)
+        first = tl.maximum(tl.min(tl.where(inside, -start, run), 0), 0) // BLOCK_K * BLOCK_K
+        last = tl.minimum(tl.max(tl.where(inside, line - start, 0), 0), run)
+        from_ = patch + (y.to(tl.int64) * delta_y + start)
+        own_tap = own + tap * run
+        for j0 in range(first, last, BLOCK_K):
+            j = j0 + k
+            at = start[:, None] + j[None, :]
+            reached = inside[:, None] & (at >= 0) & (at < line) & (j < run)[None, :]
+            a = tl.load(from_[:, None] + j[None, :], mask=reached, other=0.0)
+            f = tl.load(own_tap[None, :] + j[:, None], mask=(j < run)[:, None] & is_filter[None, :], other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+                f = f.to(tl.float32)
+            total = tl.dot(a, f, total, input_precision=PRECISION)
+
+    # Finished in two parts, since each result needs its clean value beside it: of the whole tile at once, these would
+    # take more registers than there are. One part's results are written before the other's values are read.
+    PART: tl.constexpr = BLOCK_N // 2
+    left, right = total.reshape(BLOCK_M, 2, PART).permute(0, 2, 1).split()
+    n = (tile % tiles_n) * BLOCK_N + tl.arange(0, PART)
+    unit = group * group_filters
+    _finish(left, out, clean, is_row, is_known, n, unit, group_filters, slope, upper, RECTIFIED, HAS_SLOPE)
+    _finish(right, out, clean, is_row, is_known, n + PART, unit, group_filters, slope, upper, RECTIFIED, HAS_SLOPE)
+
+
+def configs(precision: str, capability: int) -> tuple[Config, ...]:
+    """The tiles that a GPU of this compute capability (90: Hopper) takes, from small to large."""
+    return CONFIGS[precision][: 2 if capability < 90 else None]
+
+
+def config_of(precision: str, filters: int, rows: int, capability: int = 80) -> Config:
+    """The largest tile that is not mostly padding and leaves enough programs, for so many filters a group and rows."""
+    first, *larger = configs(precision, capability)
+    chosen = first
+    for config in larger:
+        programs = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(filters, config.BLOCK_N)
+        if 2 * filters > config.BLOCK_N and programs >= PROGRAMS:
+            chosen = config
+    return chosen
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def conv_delta(
+    delta: torch.Tensor,
+    filters: torch.Tensor,
+    window: tuple,
+    groups: int,
+    image: torch.Tensor,
+    origin: torch.Tensor,
+    out_origin: torch.Tensor,
+    out: torch.Tensor,
+    clean: torch.Tensor | None = None,
+    slope: float = 0.0,
+    upper: float = float("inf"),
+    tf32: bool = False,
+) -> torch.Tensor:
+    """Launches the kernel, and returns ``out``.
+
+    Args:
+        delta: [B, C, h, w] float32, bfloat16 or float16, channels last and dense.
+        filters: [K, kh, kw, C / groups] in delta's dtype, dense, finite; multiplied by a scale already, if there is one.
+        window: (kernel, stride, padding, dilation), each a pair (rows, columns); padding above and left.
+        groups: of the channels.
+        image, origin, out_origin: [B], [B, 2], [B, 2] int64, contiguous: which clean map, and where the patch and the
+            result lie, rows then columns. A result outside of the clean maps is NaN.
+        out: [B, K, *size], its channels neighbours in memory; must hold all outputs that a patch reaches.
+        clean: [N, K, H, W] with neighbouring channels: the clean outputs about which the change is rectified.
+        slope, upper: of the rectifier.
+        tf32: round the factors of float32 products to 11 bits, for the tensor cores.
+    """
+    check(delta=delta, out=out, **({} if clean is None else {"clean": clean}))
+    batch, channels, height, width = delta.shape
+    _, units, size_y, size_x = out.shape
+    kernel, stride, padding, dilation = window
+    if not delta.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"delta of strides {delta.stride()}: expected channels last, dense")
+    shape = (units, *kernel, channels // groups)
+    if tuple(filters.shape) != shape or not filters.is_contiguous():
+        raise ValueError(f"filters of {tuple(filters.shape)}: expected {shape}, dense")
+    if filters.dtype != delta.dtype:
+        raise TypeError(f"filters of {filters.dtype}: expected delta's {delta.dtype}")
+    taps, run = kernel, channels // groups
+    if groups == 1 and dilation[1] == 1:
+        taps, run = (kernel[0], 1), kernel[1] * channels
+    span = (width + kernel[1] * dilation[1] + 1) * channels, (height + kernel[0] * dilation[0] + 1)
+    group_filters = units // groups
+    precision = "bf16" if delta.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    most = (LARGEST - 1024) // max(1, size_y * size_x * triton.cdiv(group_filters, 32))  # patches of one launch
+    if max(*span, kernel[0] * kernel[1] * channels + 1024) > LARGEST or groups > 65535 or most < 1 or max(*stride, *padding) > LARGEST:
+        raise ValueError(f"delta of {tuple(delta.shape)}, a window of {window}: too large for one launch")
+    for begin in range(0, batch if out.numel() else 0, most):
+        some = slice(begin, begin + most)
+        count = len(delta[some])
+        rows = count * size_y * size_x
+        config = config_of(precision, group_filters, rows, _capability(delta.device))
+        tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(group_filters, config.BLOCK_N)
+        z = out if clean is None else clean
+        with torch.cuda.device_of(delta):
+            conv_delta_kernel[(tiles, groups)](
+                delta[some],
+                filters,
+                z,
+                image[some],
+                origin[some],
+                out_origin[some],
+                out[some],
+                rows,
+                height,
+                width,
+                channels,
+                size_y,
+                size_x,
+                group_filters,
+                run,
+                *taps,
+                *stride,
+                *padding,
+                *dilation,
+                len(z),
+                *z.shape[2:],
+                delta.stride(0) if count > 1 else 0,
+                delta.stride(2) if height > 1 else 0,
+                *strides(z),
+                *strides(out),
+                slope,
+                upper,
+                RECTIFIED=clean is not None,
+                HAS_SLOPE=slope != 0,
+                PRECISION="tf32" if precision == "tf32" else "ieee",
+                UPCAST=INTERPRETED and precision == "bf16",
+                **config._asdict(),
+            )
+    return out

@@ -1,0 +1,89 @@
+"""The engine on another device than the CPU: no tensor of it is left behind. Needs no GPU: the tensors hold no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from zfcore.engine import sweep as engine
+from zfcore.network import read_network
+from zfcore.ops.conv_delta import DeltaFilters
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of several devices, which torch lets pass for the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        assert len({x.device for x in tensors}) <= 1 or "copy" in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+class Branches(nn.Module):
+    """Every operation that the engine takes on patches, and one that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 5, 2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.lrn = nn.LocalResponseNorm(5)
+        self.left = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.right = nn.Conv2d(8, 8, 1)
+        self.full = nn.Linear(24 * 4, 10)
+
+    def forward(self, x):
+        x = self.lrn(torch.relu(self.norm(self.conv(nn.functional.pad(x, (1, 2, 0, 1))))))
+        x = nn.functional.max_pool2d(x, 3, 2, 1)
+        left, right = self.norm(self.left(x)), torch.sigmoid(self.right(x)) * 0.5
+        x = torch.cat((left + right, nn.functional.relu6(right), torch.relu(left)), 1)
+        x = nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+        return self.full(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+@pytest.fixture
+def shapes_only(monkeypatch):
+    """The ops give memory without values; whatever mixes devices is refused by torch."""
+
+    def filters(weight, scale, shape, groups):
+        assert scale is None or scale.device == weight.device
+        return DeltaFilters(weight.reshape(shape), groups, scale, None, True)
+
+    def give(delta, *arguments):
+        out, places = arguments[-1], next(a for a in arguments if isinstance(a, tuple) and hasattr(a, "out_origin"))
+        maps = [a for a in arguments[:-1] if isinstance(a, torch.Tensor)]
+        assert {t.device for t in (delta, *maps, out, *places[:3])} == {delta.device}
+        return out
+
+    monkeypatch.setattr(engine, "delta_filters", filters)
+    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
+        monkeypatch.setattr(engine, name, give)
+
+
+@pytest.mark.parametrize("layer", [None, "left"])
+def test_all_of_the_engine_is_on_one_device(shapes_only, layer):
+    model = Branches().eval().to("meta")
+    network = read_network(model, (3, 40, 44))
+    feature = None if layer is None else network.calls[model.left][-1]
+    images = torch.empty(2, 3, 40, 44, device="meta")
+    with OneDevice(), torch.no_grad():
+        y, x = (((0, 8), (8, 16), (32, 40)), ((0, 8), (30, 38)))
+        sweep = engine.Sweep(network, feature, y, x, torch.float32, 4, images.device)
+        maps = sweep.up(images)
+        seen = 0
+        every = torch.arange(12, device="meta")
+        for index, output, change in sweep.run(images, torch.zeros_like(images), maps, every):
+            assert {t.device.type for t in (index, output)} == {"meta"}
+            assert feature is None or change.device.type == "meta"
+            seen += len(index)
+    assert seen == 12
+    assert {step.run.__name__ for step in sweep.steps} >= {
+        "change_product", "change_max_pool", "change_avg_pool", "change_pad", "change_add", "change_cat", "change_any"
+    }  # fmt: skip
+
+
+def test_sweeps_where_kernels_run_the_tensors():
+    image = torch.zeros(1)
+    assert engine.sweeps(image) and engine.sweeps(image.double())
+    assert not engine.sweeps(image.half()) and not engine.sweeps(image.to("meta"))

@@ -1,0 +1,111 @@
+"""Compiles every configuration of the Triton kernels for one GPU, without one: python compiled.py 90 > report.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zfcore.kernels import conv_delta, lrn_delta, pool_delta, relu_delta
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+INDICES = ("image", "origin", "out_origin")
+
+
+def compile_for(kernel, capability, dtype, constants, warps, stages):
+    """The kernel for pointers to `dtype`, and to float32 clean maps and results."""
+    names = kernel.arg_names
+    signature = {}
+    for name in names:
+        signature[name] = "i32"
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INDICES:
+            signature[name] = "*i64"
+        elif name in ("delta", "filters"):
+            signature[name] = f"*{dtype}"
+        elif name in ("clean", "before", "after", "out"):
+            signature[name] = "*fp32"
+        elif name in ("slope", "upper", "share", "beta", "k"):
+            signature[name] = "fp32"
+    strides = ("delta", "clean", "before", "after", "out")
+    multiples = [
+        i
+        for i, name in enumerate(names)
+        if name in ("filters", "channels", "group_filters", "run", *strides)
+        or (name.rsplit("_", 1)[0] in strides and name != "out_origin")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def report(compiled, capability) -> dict:
+    """What the machine code takes, and what shows how it multiplies and moves."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    text = compiled.asm["ptx"]
+    return {
+        "capability": capability,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "wgmma": text.count("wgmma.mma_async"),
+        "tcgen05": text.count("tcgen05.mma"),
+        "mma_sync": len(re.findall(r"\bmma\.sync", text)),
+        "copies": sorted(set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", text))),
+        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", text)),
+    }
+
+
+def main(capability: int) -> list[dict]:
+    found = []
+    for precision in conv_delta.CONFIGS:
+        for config in conv_delta.configs(precision, capability):
+            for clean in (True, False):
+                constants = {
+                    "RECTIFIED": clean,
+                    "HAS_SLOPE": False,
+                    "PRECISION": "tf32" if precision == "tf32" else "ieee",
+                    "UPCAST": False,
+                    **{name: getattr(config, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+                }
+                dtype = "bf16" if precision == "bf16" else "fp32"
+                compiled = compile_for(
+                    conv_delta.conv_delta_kernel, capability, dtype, constants, config.num_warps, config.num_stages
+                )
+                names = {"kernel": "conv_delta", "precision": precision, "config": list(config), "rectified": clean}
+                found.append({**names, **report(compiled, capability)})
+    others = {
+        "pool_delta": (pool_delta.pool_delta_kernel, pool_delta.CONFIGS, {}),
+        "lrn_delta": (lrn_delta.lrn_delta_kernel, lrn_delta.CONFIGS, {"ROOTS": True}),
+        "relu_delta": (relu_delta.relu_delta_kernel, relu_delta.CONFIGS, {"HAS_SLOPE": False}),
+    }
+    for name, (kernel, configs, extra) in others.items():
+        for pixels, channels, warps in configs.values():
+            constants = {**extra, "BLOCK_P": pixels, "BLOCK_C": channels}
+            compiled = compile_for(kernel, capability, "fp32", constants, warps, 3)
+            names = {"kernel": name, "precision": "ieee", "config": [pixels, channels, warps], "rectified": True}
+            found.append({**names, **report(compiled, capability)})
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(main(int(sys.argv[1])), sys.stdout)

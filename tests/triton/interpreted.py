@@ -1,0 +1,277 @@
+"""Checks of the Triton kernels in Triton's interpreter: python interpreted.py NAME, with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from zfcore import occlusion_map, reference, use_backend
+from zfcore.errors import BackendUnavailable, DtypeError, ShapeError
+from zfcore.kernels import conv_delta as conv_kernel
+from zfcore.kernels import lrn_delta as lrn_kernel
+from zfcore.kernels import pool_delta as pool_kernel
+from zfcore.kernels import relu_delta as relu_kernel
+from zfcore.ops import _library
+from zfcore.ops.conv_delta import conv_delta, delta_filters
+from zfcore.ops.lrn_delta import lrn_delta
+from zfcore.ops.pool_delta import pool_delta
+from zfcore.ops.relu_delta import relu_delta
+from zfcore.reference._params import ConvChange, Limits, Lrn, Places
+
+TOLERANCE = 1e-5  # of float32, relative to the largest magnitude of the result
+
+
+@dataclass
+class Drawn:
+    """A convolution of changes of some patches."""
+
+    delta: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    clean: torch.Tensor | None
+    step: ConvChange
+    places: Places
+
+    def expected(self) -> torch.Tensor:
+        wide = [None if x is None else x.double() for x in (self.clean, self.scale)]
+        return reference.conv_delta(self.delta.double(), self.weight.double(), self.step, self.places, *wide)
+
+    def got(self, some: slice = slice(None), out=None) -> torch.Tensor:
+        places = Places(*(x[some] for x in self.places[:3]), self.places.size)
+        filters = delta_filters(self.weight, self.scale, groups=self.step.groups)
+        return conv_delta(self.delta[some], filters, self.step, places, self.clean, out)
+
+
+def draw(seed: int) -> Drawn:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    groups = rng.choice([1, 1, 1, 2, 3])
+    channels, units = groups * rng.choice([1, 2, 3, 5, 16, 20]), groups * rng.choice([1, 4, 7, 16, 33])
+    window = tuple(tuple(rng.randint(*span) for _ in "yx") for span in ((1, 4), (1, 3), (0, 2), (1, 2)))
+    kernel, stride, padding, dilation = window
+    size = [rng.randint(8, 14) for _ in "yx"]
+    if seed % 7 == 6:  # a full layer
+        groups, window = 1, (tuple(size), (1, 1), (0, 0), (1, 1))
+        kernel, stride, padding, dilation = window
+    above = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *window)]
+    batch, images = rng.randint(1, 4), 2
+    patch = [rng.randint(1, n) for n in size]
+    origin = torch.stack([torch.randint(0, n - m + 1, (batch,)) for n, m in zip(size, patch)], 1)
+    out_origin, out_size = torch.zeros_like(origin), []
+    for axis in (0, 1):
+        k, s, p, d = (pair[axis] for pair in window)
+        first = (-((d * (k - 1) - p - origin[:, axis]) // s)).clamp(0, above[axis] - 1)
+        last = ((origin[:, axis] + patch[axis] - 1 + p) // s).clamp(max=above[axis] - 1)
+        out_size.append(max(1, int((last - first).max()) + 1))
+        out_origin[:, axis] = torch.minimum(first, torch.tensor(above[axis] - out_size[axis]))
+    delta = torch.randn(batch, channels, *patch).relu() * (torch.rand(batch, channels, *patch) > 0.3)
+    return Drawn(
+        delta,
+        torch.randn(units, channels // groups, *kernel),
+        torch.randn(units) if seed % 2 else None,
+        torch.randn(images, units, *above) if seed % 3 else None,
+        ConvChange(
+            window, groups, tuple(size), tuple(above), rng.choice([Limits(), Limits(0.1), Limits(0.0, 1.0)])
+        ),
+        Places(torch.randint(0, images, (batch,)), origin, out_origin, tuple(out_size)),
+    )
+
+
+def assert_close(got, expected, label, tolerance=TOLERANCE):
+    error = (got - expected).abs().max() / expected.abs().max().clamp(1e-3)
+    assert error < tolerance, (label, float(error))
+    assert got.is_contiguous(memory_format=torch.channels_last), label
+
+
+def drawn_convolutions():
+    for seed in range(21):
+        case = draw(seed)
+        assert_close(case.got(), case.expected(), seed)
+
+
+def convolution_edges():
+    # Bits do not depend on the batch, nor on how a launch is cut.
+    case = next(c for c in map(draw, range(100, 200)) if len(c.delta) == 4 and c.clean is not None)
+    whole = case.got()
+    assert torch.equal(whole[2:3], case.got(slice(2, 3)))
+    shape, kernel = whole.shape, case.step.window[0]
+    least = max((case.delta.size(3) + kernel[1] * 2 + 1) * shape[1], 2048)  # refuses what does not fit
+    largest, conv_kernel.LARGEST = conv_kernel.LARGEST, max(1024 + 2 * shape[2] * shape[3] * 2, least)
+    assert torch.equal(whole, case.got())
+    conv_kernel.LARGEST = largest
+
+    # Results in memory with gaps; nothing else is written.
+    memory = torch.full((shape[0], shape[2] + 1, shape[3] + 2, shape[1] + 3), -7.0)
+    out = memory[:, : shape[2], : shape[3], : shape[1]].permute(0, 3, 1, 2)
+    assert case.got(out=out) is out and torch.equal(out, whole)
+    out.fill_(-7)
+    assert (memory == -7).all()
+
+    # Any layout of what is read.
+    case.delta = case.delta.repeat_interleave(2, 3)[..., ::2]
+    case.clean = case.clean.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(whole, case.got())
+
+    # No patches; no number stays where it is.
+    assert case.got(slice(0, 0)).shape == (0, *shape[1:])
+    case.delta = case.delta.clone()
+    case.delta[1] = torch.nan
+    got = case.got()
+    assert torch.equal(got[[0, 2, 3]], whole[[0, 2, 3]])
+    assert torch.equal(got.isnan(), case.expected().isnan())
+
+    # A place outside of the clean maps is not read, and gives no number.
+    case.delta[1] = 0
+    for name, bad in (("image", 9), ("image", -1), ("out_origin", 10**12), ("out_origin", -(10**12))):
+        getattr(case.places, name)[1] = bad
+        with use_backend("triton"):
+            got = conv_kernel_of(case)
+        assert got[1].isnan().all() and torch.equal(got[[0, 2, 3]], whole[[0, 2, 3]]), name
+        getattr(case.places, name)[1] = 0
+
+    # What the kernels cannot take is said.
+    with_double = draw(3)
+    try:
+        delta_filters(with_double.weight.double(), None, groups=with_double.step.groups)
+        raise AssertionError("float64 was taken")
+    except DtypeError as error:
+        assert "take float32" in str(error)
+    with use_backend("cpu"):
+        packed = delta_filters(with_double.weight, None, groups=with_double.step.groups)
+    try:
+        conv_delta(with_double.delta, packed, with_double.step, with_double.places)
+        raise AssertionError("filters of the CPU were taken")
+    except ShapeError as error:
+        assert "another backend" in str(error)
+    from zfcore.ops import max_pool2d_with_switches
+
+    try:
+        max_pool2d_with_switches(torch.zeros(1, 1, 4, 4), 2)
+        raise AssertionError("there is no such kernel")
+    except BackendUnavailable as error:
+        assert "no kernel for max_pool2d_with_switches" in str(error)
+
+
+def conv_kernel_of(case: Drawn) -> torch.Tensor:
+    """The kernel without the op, which looks at the places first where they are on the CPU."""
+    filters = delta_filters(case.weight, case.scale, groups=case.step.groups)
+    last = [x.contiguous(memory_format=torch.channels_last) for x in (case.delta, case.clean)]
+    out = torch.empty(len(case.delta), len(case.weight), *case.places.size).contiguous(
+        memory_format=torch.channels_last
+    )
+    return conv_kernel.conv_delta(
+        last[0], filters.packed, case.step.window, case.step.groups, *case.places[:3], out, last[1], *case.step.rectifier
+    )
+
+
+def halves():
+    """bf16 and f16 patches and filters: products in float32, one rounding of what is stored."""
+    for seed, dtype in ((31, torch.bfloat16), (32, torch.bfloat16), (33, torch.float16), (34, torch.float16)):
+        case = draw(seed)
+        case.scale = None
+        case.delta = case.delta.to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = case.weight.to(dtype)
+        clean = case.clean
+        case.weight = weight
+        out = torch.empty(len(case.delta), len(weight), *case.places.size).contiguous(
+            memory_format=torch.channels_last
+        )
+        if clean is not None:
+            clean = clean.contiguous(memory_format=torch.channels_last)
+        packed = weight.permute(0, 2, 3, 1).contiguous()
+        conv_kernel.conv_delta(
+            case.delta, packed, case.step.window, case.step.groups, *case.places[:3], out, clean, *case.step.rectifier
+        )
+        assert_close(out, case.expected(), (seed, dtype))
+
+
+def others():
+    """pool_delta, lrn_delta and relu_delta."""
+    for seed in range(12):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        channels, size = rng.choice([1, 3, 16, 17, 70]), [rng.randint(8, 13) for _ in "yx"]
+        batch, images, patch = rng.randint(1, 3), 2, [rng.randint(1, n) for n in size]
+        origin = torch.stack([torch.randint(0, n - m + 1, (batch,)) for n, m in zip(size, patch)], 1)
+        image = torch.randint(0, images, (batch,))
+        x = torch.randn(images, channels, *size)
+        delta = torch.randn(batch, channels, *patch)
+        if seed % 3 == 2:
+            x[0, 0, 2, 3], delta[0, -1, 0, 0] = torch.nan, torch.nan
+            x[1, 0, :4, :4] = -torch.inf
+        wide, places = x.double(), Places(image, origin, origin, tuple(patch))
+
+        rectifier = rng.choice([Limits(), Limits(0.1), Limits(0.0, 1.0)])
+        expected = reference.relu_delta(delta.double(), wide, rectifier, places)
+        agree(relu_delta(delta, x, rectifier, places), expected, (seed, "relu"))
+        own = torch.empty(batch, *patch, channels).permute(0, 3, 1, 2).copy_(delta)
+        agree(relu_delta(own, x, rectifier, places, own), expected, (seed, "relu in place"))
+
+        lrn = Lrn(rng.choice([1, 4, 5]), 0.1, rng.choice([0.75, 0.5, 1.0]), 2.0)
+        y = F.local_response_norm(x, *lrn)
+        expected = reference.lrn_delta(delta.double(), wide, y.double(), lrn, places)
+        agree(lrn_delta(delta, x, y, lrn, places), expected, (seed, "lrn"))
+
+        window = rng.choice(
+            [((3, 3), (2, 2), (0, 0), (1, 1)), ((2, 3), (2, 1), (1, 1), (1, 2)), ((3, 2), (1, 3), (1, 0), (2, 1))]
+        )
+        y = F.max_pool2d(x, *window)
+        above = Places(image, origin, torch.zeros_like(origin), tuple(y.shape[2:]))
+        expected = reference.pool_delta(delta.double(), wide, y.double(), window, above)
+        agree(pool_delta(delta, x, y, window, above), expected, (seed, "pool"))
+        part = Places(image, origin, torch.ones_like(origin), (y.size(2) - 1, y.size(3) - 1))
+        for kernel in (pool_kernel, relu_kernel, lrn_kernel):  # cut into launches of one patch or two
+            kernel.LARGEST = 1024 + 2 * part.size[0] * part.size[1]
+        agree(pool_delta(delta, x, y, window, part), expected[:, :, 1:, 1:], (seed, "part of pool"))
+        for kernel in (pool_kernel, relu_kernel, lrn_kernel):
+            kernel.LARGEST = 2**31 - 1
+
+
+def agree(got, expected, label):
+    """No number where the reference gives none, and close elsewhere; infinities are the same."""
+    assert torch.equal(got.isnan(), expected.isnan()), label
+    assert torch.equal(got.isinf(), expected.isinf()) and torch.equal(got[got.isinf()].double(), expected[got.isinf()])
+    finite = expected.isfinite()
+    assert_close(got.where(finite, 0).contiguous(memory_format=torch.channels_last), expected.where(finite, 0), label)
+
+
+def engine():
+    """A small network's occlusion map: the engine's, which takes Triton where it has a kernel, and the reference's."""
+    _library._BY_DEVICE["cpu"] = ("triton", "cpu")  # as for tensors on a GPU
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, 2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.LocalResponseNorm(5),
+        torch.nn.MaxPool2d(3, 2),
+        torch.nn.Conv2d(8, 6, 3, padding=1, groups=2),
+        torch.nn.BatchNorm2d(6),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(6 * 7 * 7, 5),
+    ).eval()
+    images = torch.randn(1, 3, 33, 33)
+    calls = []
+    launch = conv_kernel.conv_delta
+    conv_kernel.conv_delta = lambda *a, **k: calls.append(1) or launch(*a, **k)
+    got = occlusion_map(model, images, box=9, stride=8, feature=("4", 1))
+    assert calls, "the engine did not run"
+    with use_backend("reference"):
+        expected = occlusion_map(model.double(), images.double(), box=9, stride=8, feature=("4", 1))
+    for name in ("scores", "activation", "clean"):
+        assert torch.allclose(getattr(got, name).double(), getattr(expected, name), rtol=1e-4, atol=1e-5), name
+    assert torch.equal(got.labels, expected.labels)
+
+
+CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, halves, others, engine)}
+
+if __name__ == "__main__":
+    check = CHECKS[sys.argv[1]]
+    if check is engine:
+        engine()
+    else:
+        with use_backend("triton"):
+            check()

@@ -1,0 +1,65 @@
+"""Every configuration of the Triton kernels compiles for every GPU that we ship for, and spills nothing.
+
+Ahead of time, from the kernels as they are: needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+# What a block may use: the architectures' shared memory in bytes.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ELEMENTWISE_REGISTERS = 128  # four blocks of four warps still fit: enough to hide memory
+
+
+@pytest.fixture(scope="module")
+def compiled(start):
+    """What the compilers say of each kernel, by architecture."""
+    running = {capability: start("compiled.py", str(capability), interpreted=False) for capability in SHARED}
+    found = {}
+    try:
+        for capability, process in running.items():
+            output, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+            found[capability] = json.loads(output)
+    finally:
+        for process in running.values():
+            process.kill()
+    return found
+
+
+def label(kernel: dict) -> str:
+    return f"{kernel['kernel']} {kernel['precision']} {kernel['config']} for sm_{kernel['capability']}: {kernel}"
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_nothing_spills_and_all_fits(compiled, capability):
+    assert {k["kernel"] for k in compiled[capability]} == {"conv_delta", "pool_delta", "lrn_delta", "relu_delta"}
+    for kernel in compiled[capability]:
+        assert kernel["instructions"] > 50 and not kernel["spills"], label(kernel)
+        assert kernel["shared"] <= SHARED[capability], label(kernel)
+        threads = 32 * kernel["config"][3 if kernel["kernel"] == "conv_delta" else 2]
+        assert kernel["registers"] * threads <= 65536, label(kernel)
+        if kernel["kernel"] != "conv_delta":
+            assert kernel["registers"] <= ELEMENTWISE_REGISTERS, label(kernel)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_product_runs_on_the_tensor_cores_where_it_may(compiled, capability):
+    """By Hopper's and Blackwell's own instructions, which read their factors where the copies put them."""
+    unit = {80: "mma_sync", 90: "wgmma", 100: "tcgen05"}[capability]
+    for kernel in compiled[capability]:
+        if kernel["kernel"] == "conv_delta":
+            assert (kernel[unit] > 0) == (kernel["precision"] != "ieee"), label(kernel)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_memory_moves_16_bytes_at_a_time(compiled, capability):
+    """Where channels are multiples of 16: patches and filters into shared memory, and values of other kernels."""
+    for kernel in compiled[capability]:
+        if kernel["kernel"] == "conv_delta":
+            assert kernel["copies"] == ["0x10"], label(kernel)
+        else:
+            assert kernel["wide"] >= 3, label(kernel)
