@@ -143,7 +143,8 @@ inline Words load_units(const uint32_t* p) {
   V sum[Rows][2];                                                                                   \
   _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r)                                           \
     for (int j = 0; j < 2; ++j) sum[r][j] = load_vector(sums[r] + j * lanes);                       \
-  for (int64_t k = 0; k < count; ++k) {                                                             \
+  int64_t k = 0;                                                                                    \
+  do { /* of no empty list, for which the sums would have to be kept twice */                       \
     const U* f = filters + offset[k];                                                               \
     const auto f0 = load_units(f), f1 = load_units(f + lanes);                                      \
     _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r) {                                       \
@@ -151,11 +152,11 @@ inline Words load_units(const uint32_t* p) {
       sum[r][0] = add(sum[r][0], v, f0);                                                            \
       sum[r][1] = add(sum[r][1], v, f1);                                                            \
     }                                                                                               \
-  }                                                                                                 \
+  } while (++k < count);                                                                            \
   _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r)                                           \
     for (int j = 0; j < 2; ++j) store_vector(sums[r] + j * lanes, sum[r][j]);
 
-// Adds to each row's two vectors of sums the products of its values with the listed filters.
+// Adds to each row's two vectors of sums the products of its values with the listed filters, at least one.
 template <class T, class U, int Rows>
 void multiply(const U* filters, const U* value, const int32_t* offset, int64_t count, T* const* sums) {
   ZF_MULTIPLY(add_product)
