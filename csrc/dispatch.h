@@ -5,6 +5,7 @@
 #include "conv_delta.h"
 #include "deconv_step.h"
 #include "lrn_delta.h"
+#include "paste_boxes.h"
 #include "view.h"
 
 #define ZF_DECLARE_KERNELS(isa)                                                                                      \
@@ -20,6 +21,7 @@
   void pool_delta(const Change&, const Window&, int);                                                                \
   void lrn_delta(const Change&, const Lrn&, int);                                                                    \
   void relu_delta(const Change&, const Rectifier&, int);                                                             \
+  void paste_boxes(const PasteBoxes&, int);                                                                          \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
   void deconv_step(const DeconvStep&, int);                                                                          \
   int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \

@@ -57,7 +57,7 @@ def shapes_only(monkeypatch):
         return out
 
     monkeypatch.setattr(engine, "delta_filters", filters)
-    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
+    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta", "paste_boxes"):
         monkeypatch.setattr(engine, name, give)
 
 
