@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import bench_analyses
+import bench_changes
 import bench_ops
 import bench_steps
 import ceilings
@@ -12,7 +13,7 @@ import pytest
 import table
 import torch
 
-GROUPS = [*bench_ops.GROUPS, *bench_steps.GROUPS, *bench_analyses.GROUPS]
+GROUPS = [*bench_ops.GROUPS, *bench_steps.GROUPS, *bench_changes.GROUPS, *bench_analyses.GROUPS]
 SESSION = pytest.StashKey[grouping.Groups]()
 
 
@@ -37,7 +38,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Ops first: what the analyses leave to the allocator would spare some later rows their page faults, not others."""
-    order = [module.__name__ for module in (bench_ops, bench_steps, bench_analyses)]
+    order = [module.__name__ for module in (bench_ops, bench_steps, bench_changes, bench_analyses)]
     items.sort(key=lambda item: order.index(item.path.stem))
 
 

@@ -24,6 +24,14 @@ def vgg16() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def vgg16_classifier() -> nn.Module:
+    """All of VGG16."""
+    return nn.Sequential(
+        *vgg16(), nn.MaxPool2d(2, 2), nn.Flatten(), nn.Linear(25088, 4096), nn.ReLU(), nn.Linear(4096, 4096),
+        nn.ReLU(), nn.Linear(4096, 1000),
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
@@ -61,7 +69,10 @@ class ResNet18(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def randomised() -> dict[str, nn.Module]:
-    """By name, in eval mode."""
+NETWORKS = {"vgg16": vgg16, "vgg16-classifier": vgg16_classifier, "resnet18": ResNet18}
+
+
+def randomised(name: str) -> nn.Module:
+    """In eval mode."""
     torch.manual_seed(0)
-    return {"vgg16": vgg16().eval(), "resnet18": ResNet18().eval()}
+    return NETWORKS[name]().eval()

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "conv_delta.h"
+#include "conv_strongest.h"
 #include "deconv_step.h"
 #include "dispatch.h"
 #include "hash.h"
@@ -197,6 +198,22 @@ PYBIND11_MODULE(_C, m) {
     zf::strongest_cpu(view(maps), reinterpret_cast<const int64_t*>(units), count, reinterpret_cast<int64_t*>(index),
                       threads);
   });
+  m.def("conv_strongest_cpu",
+        [](const TensorTuple& images, const TensorTuple& weight, uintptr_t bias, uintptr_t units, int64_t count,
+           const WindowTuple& conv, const Pair& map, uintptr_t value, uintptr_t index, int threads) {
+          py::gil_scoped_release release;
+          zf::ConvStrongest task;
+          task.images = view(images);
+          task.weight = view(weight);
+          task.bias = reinterpret_cast<const float*>(bias);
+          task.units = reinterpret_cast<const int64_t*>(units);
+          task.count = count;
+          task.conv = window(conv);
+          for (int axis = 0; axis < 2; ++axis) task.map[axis] = map[axis];
+          task.value = reinterpret_cast<float*>(value);
+          task.index = reinterpret_cast<int64_t*>(index);
+          zf::conv_strongest_cpu(task, threads);
+        });
   m.def("packed_filters_bytes_cpu", [](const TensorTuple& weight, const WindowTuple& conv, int64_t groups) {
     return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, window(conv), groups);
   });

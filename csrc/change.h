@@ -23,8 +23,8 @@ struct Change {
   void check() const {
     for (int64_t b = 0; b < delta.n(); ++b) {
       const int64_t *i = origin + 2 * b, *o = out_origin + 2 * b;
-      const bool inside = i[0] >= 0 && i[1] >= 0 && i[0] + delta.h() <= before.h() && i[1] + delta.w() <= before.w() &&
-                          o[0] >= 0 && o[1] >= 0 && o[0] + out.h() <= after.h() && o[1] + out.w() <= after.w();
+      const bool inside = i[0] >= 0 && i[1] >= 0 && i[0] <= before.h() - delta.h() && i[1] <= before.w() - delta.w() &&
+                          o[0] >= 0 && o[1] >= 0 && o[0] <= after.h() - out.h() && o[1] <= after.w() - out.w();
       if (!inside || image[b] < 0 || image[b] >= before.n())
         throw std::invalid_argument("patch " + std::to_string(b) + " is not inside its map");
     }

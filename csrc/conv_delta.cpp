@@ -35,7 +35,7 @@ namespace ZF_ISA {
 namespace {
 
 constexpr int most_rows = ZF_VECTOR_BYTES == 64 ? 12 : 6;  // of a tile: two vectors each, and two of filters, in registers
-constexpr int64_t near_bytes = 24 << 10;                   // filters that stay in the first-level cache
+constexpr int64_t near_bytes = 28 << 10;                   // filters that stay in the first-level cache
 constexpr int64_t values_bytes = 512 << 10;                // values of a group of patches, in the second-level cache
 constexpr int64_t window_values = 512;                     // of a window that is taken as one pixel, at most
 constexpr int64_t most_patches = 384;                      // of a group
@@ -194,12 +194,15 @@ struct Engine {
     for (int64_t b = 0; b < op.delta.n(); ++b)
       for (int axis = 0; axis < 2; ++axis) {
         const int64_t i = op.origin[2 * b + axis], o = op.out_origin[2 * b + axis];
-        const int64_t s = conv.stride[axis], reach = conv.dilation[axis] * (conv.kernel[axis] - 1);
-        const int64_t low = i + conv.padding[axis] - reach, high = i + size[axis] - 1 + conv.padding[axis];
-        const int64_t first = low > 0 ? up(low, s) : 0;
-        const int64_t last = high < 0 ? -1 : std::min(high / s, op.above[axis] - 1);
-        if (i < 0 || i + size[axis] > op.map[axis] || o < 0 || o + out[axis] > op.above[axis] ||
-            (first <= last && (first < o || last >= o + out[axis])))
+        bool fits = i >= 0 && i <= op.map[axis] - size[axis] && o >= 0 && o <= op.above[axis] - out[axis];
+        if (fits) {
+          const int64_t s = conv.stride[axis], reach = conv.dilation[axis] * (conv.kernel[axis] - 1);
+          const int64_t low = i + conv.padding[axis] - reach, high = i + size[axis] - 1 + conv.padding[axis];
+          const int64_t first = low > 0 ? up(low, s) : 0;
+          const int64_t last = high < 0 ? -1 : std::min(high / s, op.above[axis] - 1);
+          fits = first > last || (first >= o && last < o + out[axis]);
+        }
+        if (!fits)
           throw std::invalid_argument("conv_delta: patch " + std::to_string(b) +
                                       " is not inside its map, or reaches outputs outside of its result");
       }

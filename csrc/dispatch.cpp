@@ -138,6 +138,8 @@ void strongest_cpu(const View& maps, const int64_t* units, int64_t count, int64_
   ZF_DISPATCH(strongest(maps, units, count, index, threads))
 }
 
+void conv_strongest_cpu(const ConvStrongest& task, int threads) { ZF_DISPATCH(conv_strongest(task, threads)) }
+
 void deconv_step_cpu(const DeconvStep& step, int threads) { ZF_DISPATCH(deconv_step(step, threads)) }
 
 int64_t packed_filters_bytes_cpu(const View& weight, DType dtype, const Window& conv, int64_t groups) {

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "conv_delta.h"
+#include "conv_strongest.h"
 #include "deconv_step.h"
 #include "lrn_delta.h"
 #include "paste_boxes.h"
@@ -23,6 +24,7 @@
   void relu_delta(const Change&, const Rectifier&, int);                                                             \
   void paste_boxes(const PasteBoxes&, int);                                                                          \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
+  void conv_strongest(const ConvStrongest&, int);                                                                    \
   void deconv_step(const DeconvStep&, int);                                                                          \
   int64_t packed_filters_bytes(const View&, DType, const Window&, int64_t);                                          \
   void pack_filters(const View&, const void*, void*, const Window&, int64_t, int);                                   \

@@ -40,7 +40,8 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
+            siblings = path.parent == ROOT / "kernels" and node.level == 1  # their package is named at the install
+            assert node.level == 0 or siblings, f"{path}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue

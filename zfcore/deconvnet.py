@@ -9,6 +9,7 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -215,7 +216,7 @@ def _as_unwrapped(layer, model: nn.Module):
 
 def _placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
     """Where and in what the model computes: as its first floating-point parameter or buffer is."""
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         if torch.nn.parameter.is_lazy(value):
             raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
         if value.is_floating_point():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from deconvnet_networks import NETWORKS, make
 from deconvnet_oracle import project
+from torch import nn
 
 import zfcore
+from zfcore.engine import patches
 
 JOB = """
 import torch, zfcore
@@ -50,6 +52,68 @@ def test_threads_and_batches_change_no_bit(name, rule):
     assert found[0].any()
     assert torch.equal(found[1], found[0])
     assert torch.equal(found[2], found[0])
+
+
+class First(nn.Module):
+    """A convolution of the picture, and what makes of it a network."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__()
+        self.conv = nn.Conv2d(*arguments, **options)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv(x))
+
+
+FIRST = {
+    "zfnet": First(3, 96, 7, stride=2, padding=1),
+    "alexnet": First(3, 64, 11, stride=4, padding=2, bias=False),
+    "vgg": First(3, 10, 3, padding=1),
+    "same": First(3, 5, (4, 2), padding="same", dilation=(1, 3)),
+    "of a vector": First(3, 8, (1, 5), stride=(3, 1)),
+    "groups": First(4, 6, 3, groups=2),
+    "double": First(3, 6, 3).double(),
+    "bfloat16": First(3, 6, 3).bfloat16(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("seed", ["activation", "one"])
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_convolution_is_searched_without_its_maps(name, crop, seed, monkeypatch):
+    model = FIRST[name].eval()
+    images = torch.randn(3, model.conv.in_channels, 45, 51)[:, :, :, ::2].to(model.conv.weight.dtype)
+    units, made = [4, 0, 4, 1], []
+    up = patches.Engine.up
+    monkeypatch.setattr(patches.Engine, "up", lambda *given: made.append(given) or up(*given))
+
+    def projections():
+        with torch.autocast("cpu"):
+            return zfcore.deconv_project(model, images, "conv", units, crop=crop, seed=seed)
+
+    ours = projections()
+    assert bool(made) == (name in ("groups", "double", "bfloat16"))
+    monkeypatch.setattr(patches.Engine, "reads_picture", lambda engine: False)
+    plain = projections()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0}[images.dtype]
+    for field in ("positions", "boxes", "images", "units"):
+        assert torch.equal(getattr(ours, field), getattr(plain, field))
+    for field in ("activations", "pixels"):
+        a, b = getattr(ours, field).double(), getattr(plain, field).double()
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    assert ours.pixels.any()
+
+
+def test_a_first_convolution_of_a_negated_view():
+    """The imaginary part of a conjugate: what lies in memory has the other sign."""
+    images = torch.randn(2, 3, 12, 12, dtype=torch.complex64).conj().imag
+    assert images.is_neg()
+    model = First(3, 8, 3).eval()
+    ours, plain = (zfcore.deconv_project(model, x, "conv") for x in (images, images.clone()))
+    assert torch.equal(ours.positions, plain.positions)
+    torch.testing.assert_close(ours.pixels, plain.pixels)
 
 
 @pytest.mark.parametrize("change", [lambda p: p.mul_(1.5), lambda p: p.data.mul_(1.5)], ids=["in place", "data"])

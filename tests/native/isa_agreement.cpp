@@ -1,7 +1,8 @@
 // Do the CPU kernels of one instruction set agree with the generic ones? A few hundred seeded cases: all float types,
 // layouts, windows, overlaps, odd values, and widths and channel counts around the vectors' lengths.
 //   isa_agreement ISA [planted]     planted: spoils every result first, so each comparison must complain
-// Pooling and unpooling must agree bit for bit, the fused step within rounding. Inputs and outputs end, or begin, at
+// Pooling and unpooling must agree bit for bit, as must the changes of pooled and of rectified maps; the fused step, and
+// the changes of convolved and of contrast-normalised maps, within rounding. Inputs and outputs end, or begin, at
 // an unreadable page; the bytes of an output's memory that belong to no element must stay as they were.
 // Exit status: 0 they agree, 1 they do not, 2 wrong arguments, 77 this CPU lacks the instruction set.
 #include <signal.h>
@@ -34,7 +35,7 @@ using zf::generic::bf16;
 using zf::generic::f16;
 
 constexpr uint8_t untouched = 0xa5;
-constexpr int pool_cases = 320, fused_cases = 200;
+constexpr int pool_cases = 320, fused_cases = 200, change_cases = 200;
 const DType float_types[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 int64_t bytes_of(DType dtype) {
@@ -243,19 +244,25 @@ void on_crash(int signal) {
   _exit(written > 0 ? 128 + signal : 1);
 }
 
+double largest_of(const Map& map) {
+  double largest = 0;
+  map.each([&](int64_t n, int64_t c, int64_t h, int64_t w) {
+    const double v = std::fabs(get(map.view().dtype, map.element(n, c, h, w)));
+    if (std::isfinite(v)) largest = std::max(largest, v);
+  });
+  return largest;
+}
+
 // Tolerance 0: the same bits, but for NaNs when `any_nan`: an addition may pass on either operand's payload.
-// Else the difference may be `tolerance` of the largest value, and one rounding of the storage type.
-void compare(const char* what, const Map& expected, const Map& actual, double tolerance, bool any_nan) {
+// Else the difference may be `tolerance` of the largest value, and one rounding of the storage type. at_least: how
+// large a value was on the way, where a result that was cut short does not show it.
+void compare(const char* what, const Map& expected, const Map& actual, double tolerance, bool any_nan,
+             double at_least = 0) {
   ++comparisons;
   const DType dtype = expected.view().dtype;
   const int64_t bytes = bytes_of(dtype);
   if (planted) *actual.element(0, 0, 0, 0) ^= 0x40, actual.element(0, 0, 0, 0)[bytes - 1] ^= 0x41;
-  double largest = 0;
-  if (tolerance > 0)
-    expected.each([&](int64_t n, int64_t c, int64_t h, int64_t w) {
-      const double v = std::fabs(get(dtype, expected.element(n, c, h, w)));
-      if (std::isfinite(v)) largest = std::max(largest, v);
-    });
+  const double largest = tolerance > 0 ? std::max(at_least, largest_of(expected)) : 0;
   const double rounding = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0;
   const double smallest_step = dtype == DType::f16 ? 0x1p-24 : 0;
   int64_t wrong = 0;
@@ -291,11 +298,18 @@ struct Kernels {
   decltype(&zf::generic::unpool_relu2d) unpool;
   decltype(&zf::generic::pool_gather2d) gather;
   decltype(&zf::generic::unpool_relu_conv_transpose2d) fused;
+  decltype(&zf::generic::delta_filters_bytes) delta_bytes;
+  decltype(&zf::generic::pack_delta_filters) pack_delta;
+  decltype(&zf::generic::conv_delta) conv_delta;
+  decltype(&zf::generic::pool_delta) pool_delta;
+  decltype(&zf::generic::lrn_delta) lrn_delta;
+  decltype(&zf::generic::relu_delta) relu_delta;
 };
 #define KERNELS(isa)                                                                                      \
   Kernels {                                                                                               \
     &zf::isa::max_pool2d_with_switches, &zf::isa::unpool_relu2d, &zf::isa::pool_gather2d,                 \
-        &zf::isa::unpool_relu_conv_transpose2d                                                            \
+        &zf::isa::unpool_relu_conv_transpose2d, &zf::isa::delta_filters_bytes, &zf::isa::pack_delta_filters, \
+        &zf::isa::conv_delta, &zf::isa::pool_delta, &zf::isa::lrn_delta, &zf::isa::relu_delta             \
   }
 
 std::string describe(const char* label, int64_t a, int64_t b) {
@@ -483,6 +497,179 @@ void sweep_fused_widths(const Kernels& isa) {
     }
 }
 
+// Patches of changes: where they lie in the maps below and above, and in which image's.
+struct Patches {
+  std::vector<int64_t> image, origin, corner;
+};
+
+void fill_change(const Map& delta, Random& random, Values values) {
+  const int64_t zeros = 1 + random.below(3);  // one value in so many is not zero
+  delta.each([&](int64_t n, int64_t c, int64_t h, int64_t w) {
+    const double nothing = random.one_in(2) ? 0.0 : -0.0;
+    put(delta.view().dtype, delta.element(n, c, h, w), random.one_in(zeros) ? draw(random, values) : nothing);
+  });
+}
+
+void conv_delta_case(int index, const Kernels& isa) {
+  Random random{uint64_t(index) + 2000000};
+  const DType dtype = index % 3 ? DType::f32 : DType::f64;
+  const int64_t kernels[] = {1, 2, 3, 3, 5, 7}, group_counts[] = {1, 1, 1, 2, 3};
+  const int64_t inputs[] = {1, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 49, 130};
+  const int64_t outputs[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 49, 65};
+  zf::ConvDelta op;
+  int64_t size[2], reach[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    op.conv.kernel[axis] = random.pick(kernels);
+    op.conv.stride[axis] = 1 + random.below(3);
+    op.conv.padding[axis] = random.below(op.conv.kernel[axis]);
+    op.conv.dilation[axis] = random.one_in(4) ? 2 : 1;
+    op.above[axis] = 1 + random.below(6);
+    op.map[axis] = map_size(random, op.conv, axis, op.above[axis]);
+    size[axis] = random.one_in(3) ? op.map[axis] : 1 + random.below(op.map[axis]);
+  }
+  op.groups = random.pick(group_counts);
+  const int64_t batches[] = {1, 2, 5, 6, 11, 12, 13, 25}, b = random.pick(batches), images = 1 + random.below(2);
+  const int64_t c = op.groups * random.pick(inputs), k = op.groups * random.pick(outputs);
+  // The whole map is the result, or what the widest of the patches reaches.
+  Patches at;
+  const bool whole = random.one_in(2);
+  for (int64_t i = 0; i < b; ++i) {
+    at.image.push_back(random.below(images));
+    for (int axis = 0; axis < 2; ++axis) at.origin.push_back(random.below(op.map[axis] - size[axis] + 1));
+  }
+  std::vector<int64_t> first(size_t(2 * b));
+  for (int axis = 0; axis < 2; ++axis) {
+    reach[axis] = 1;
+    for (int64_t i = 0; i < b; ++i) {
+      const int64_t s = op.conv.stride[axis], begin = at.origin[size_t(2 * i + axis)] + op.conv.padding[axis];
+      const int64_t low = begin - op.conv.dilation[axis] * (op.conv.kernel[axis] - 1);
+      const int64_t from = std::min(low > 0 ? (low + s - 1) / s : 0, op.above[axis] - 1);
+      const int64_t to = std::min((begin + size[axis] - 1) / s, op.above[axis] - 1);
+      first[size_t(2 * i + axis)] = from;
+      reach[axis] = std::max(reach[axis], to - from + 1);
+    }
+    if (whole) reach[axis] = op.above[axis];
+  }
+  for (int64_t i = 0; i < 2 * b; ++i)
+    at.corner.push_back(std::min(first[size_t(i)], op.above[i % 2] - reach[i % 2]));
+
+  const bool at_end = !random.one_in(4);
+  const int threads = random.one_in(16) ? 3 : 1;
+  const Values values = random.one_in(8) ? Values::special : random.one_in(4) ? Values::ties : Values::smooth;
+  const int64_t deltas[4] = {b, c, size[0], size[1]}, weights[4] = {k, c / op.groups, op.conv.kernel[0], op.conv.kernel[1]};
+  const int64_t cleans[4] = {images, k, op.above[0], op.above[1]}, outs[4] = {b, k, reach[0], reach[1]};
+  const int64_t scales[4] = {1, k, 1, 1};
+  const Layout layouts[] = {Layout::nhwc, Layout::nhwc, Layout::gaps_between_pixels};
+  const Map delta(dtype, deltas, layouts[random.below(3)], at_end), weight(dtype, weights, Layout::nchw, at_end);
+  const Map clean(dtype, cleans, layouts[random.below(3)], at_end), scale(dtype, scales, Layout::nhwc, at_end);
+  fill_change(delta, random, values);
+  fill(weight, random, Values::smooth);
+  fill(clean, random, values);
+  fill(scale, random, Values::smooth);
+  const bool scaled = random.one_in(2);
+  if (random.one_in(10))
+    put(dtype, weight.element(random.below(k), c / op.groups - 1, 0, 0), std::numeric_limits<double>::quiet_NaN());
+  op.rectifier = {random.one_in(2) ? 0.0 : 0.2, random.one_in(2) ? 0.7 : std::numeric_limits<double>::infinity()};
+  op.delta = delta.view();
+  op.origin = at.origin.data(), op.out_origin = at.corner.data(), op.image = at.image.data();
+  announce(index, dtype,
+           " conv_delta batch " + std::to_string(b) + " groups " + std::to_string(op.groups) +
+               describe("channels", c / op.groups, k / op.groups) + describe("map", op.map[0], op.map[1]) +
+               describe("patch", size[0], size[1]) + describe("result", reach[0], reach[1]) + describe("conv", op.conv) +
+               " values " + std::to_string(int(values)));
+  const Layout out_layout = layouts[random.below(3)];
+  const Map g0(dtype, outs, out_layout, at_end), g1(dtype, outs, out_layout, at_end);
+  const Map z0(dtype, outs, out_layout, at_end), z1(dtype, outs, out_layout, at_end);
+  const auto apply = [&](const Map& change, const Map& out, auto bytes, auto pack, auto run) {
+    const Pages filters(bytes(weight.view(), op.groups), true);
+    const bool finite = pack(weight.view(), scaled ? scale.view().data : nullptr, filters.used(), op.groups, threads);
+    if (!finite) return false;
+    op.filters = filters.used();
+    op.clean.data = nullptr;
+    op.out = change.view();
+    run(op, threads);
+    op.clean = clean.view();
+    op.out = out.view();
+    run(op, threads);
+    return true;
+  };
+  const bool finite0 = apply(g0, z0, &zf::generic::delta_filters_bytes, &zf::generic::pack_delta_filters,
+                             &zf::generic::conv_delta);
+  spoil_scratch();
+  const bool finite1 = apply(g1, z1, isa.delta_bytes, isa.pack_delta, isa.conv_delta);
+  compare("whether the filters are finite", finite0, finite1);
+  if (!finite0) return;
+  const double tolerance = dtype == DType::f64 ? 1e-12 : 1e-5;
+  compare("out", g0, g1, tolerance, true);
+  compare("rectified out", z0, z1, tolerance, true, std::max(largest_of(g0), largest_of(clean)));
+}
+
+void change_case(int index, const Kernels& isa) {
+  Random random{uint64_t(index) + 3000000};
+  const DType dtype = index % 3 ? DType::f32 : DType::f64;
+  const int64_t channel_counts[] = {1, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 130};
+  const Window pool = draw_pool(random);
+  const int64_t b = 1 + random.below(7), images = 1 + random.below(2), c = random.pick(channel_counts);
+  int64_t map[2], above[2], size[2], pooled_size[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    map[axis] = map_size(random, pool, axis, 1 + random.below(6));
+    above[axis] = window_count(pool, axis, map[axis]);
+    size[axis] = random.one_in(3) ? map[axis] : 1 + random.below(map[axis]);
+    pooled_size[axis] = random.one_in(3) ? above[axis] : 1 + random.below(above[axis]);
+  }
+  Patches at;
+  for (int64_t i = 0; i < b; ++i) {
+    at.image.push_back(random.below(images));
+    for (int axis = 0; axis < 2; ++axis) {
+      at.origin.push_back(random.below(map[axis] - size[axis] + 1));
+      at.corner.push_back(random.below(above[axis] - pooled_size[axis] + 1));
+    }
+  }
+  const bool at_end = !random.one_in(4);
+  const int threads = random.one_in(16) ? 3 : 1;
+  const Values values = Values(random.below(int64_t(Values::lowest)));
+  const int64_t deltas[4] = {b, c, size[0], size[1]}, below[4] = {images, c, map[0], map[1]};
+  const int64_t pooled[4] = {images, c, above[0], above[1]}, outs[4] = {b, c, pooled_size[0], pooled_size[1]};
+  const Layout layouts[] = {Layout::nhwc, Layout::nhwc, Layout::gaps_between_pixels};
+  const Map delta(dtype, deltas, layouts[random.below(3)], at_end), before(dtype, below, layouts[random.below(3)], at_end);
+  const Map after(dtype, below, layouts[random.below(3)], at_end), maxima(dtype, pooled, layouts[random.below(3)], at_end);
+  fill_change(delta, random, values);
+  for (const Map* map : {&before, &after, &maxima}) fill(*map, random, values);
+  const std::string shape = " batch " + std::to_string(b) + " c " + std::to_string(c) + describe("map", map[0], map[1]) +
+                            describe("patch", size[0], size[1]) + describe("pool", pool) + " values " +
+                            std::to_string(int(values));
+  const auto change = [&](const Map& above, const Map& out, const std::vector<int64_t>& corner) {
+    return zf::Change{delta.view(), before.view(), above.view(), out.view(), at.image.data(), at.origin.data(), corner.data()};
+  };
+  const Layout out_layout = layouts[random.below(3)];
+
+  announce(index, dtype, " pool_delta" + shape);
+  const Map p0(dtype, outs, out_layout, at_end), p1(dtype, outs, out_layout, at_end);
+  zf::generic::pool_delta(change(maxima, p0, at.corner), pool, threads);
+  spoil_scratch();
+  isa.pool_delta(change(maxima, p1, at.corner), pool, threads);
+  compare("out", p0, p1, 0, true);
+
+  const int64_t sizes[] = {1, 2, 3, 5, 5, 8, 20};
+  const double betas[] = {0.75, 0.5, 1, 0.6};
+  const zf::Lrn lrn{random.pick(sizes), random.one_in(2) ? 1e-4 : 0.5, betas[random.below(4)], double(1 + random.below(2))};
+  announce(index, dtype, " lrn_delta size " + std::to_string(lrn.size) + shape);
+  const Map l0(dtype, deltas, out_layout, at_end), l1(dtype, deltas, out_layout, at_end);
+  zf::generic::lrn_delta(change(after, l0, at.origin), lrn, threads);
+  spoil_scratch();
+  isa.lrn_delta(change(after, l1, at.origin), lrn, threads);
+  compare("out", l0, l1, dtype == DType::f64 ? 1e-12 : 1e-5, true, largest_of(before));
+
+  // A slope makes a product, which one instruction set fuses with the sum that follows and another does not.
+  const zf::Rectifier rectifier{random.one_in(2) ? 0.0 : 0.2, random.one_in(2) ? 0.7 : INFINITY};
+  announce(index, dtype, " relu_delta" + shape);
+  const Map r0(dtype, deltas, out_layout, at_end), r1(dtype, deltas, out_layout, at_end);
+  zf::generic::relu_delta(change(before, r0, at.origin), rectifier, threads);
+  spoil_scratch();
+  isa.relu_delta(change(before, r1, at.origin), rectifier, threads);
+  compare("out", r0, r1, rectifier.slope == 0 ? 0 : dtype == DType::f64 ? 1e-12 : 1e-5, true, 2);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -519,5 +706,10 @@ int main(int argc, char** argv) {
   sweep_fused_widths(kernels);
   std::printf("isa_agreement %s: fused step: %d comparisons, %d mismatches\n", name.c_str(),
               comparisons - pool_comparisons, failures - pool_failures);
+  const int fused_failures = failures, fused_comparisons = comparisons;
+  for (int index = 0; index < change_cases; ++index) conv_delta_case(index, kernels);
+  for (int index = 0; index < change_cases; ++index) change_case(index, kernels);
+  std::printf("isa_agreement %s: changes: %d comparisons, %d mismatches\n", name.c_str(),
+              comparisons - fused_comparisons, failures - fused_failures);
   return failures ? 1 : 0;
 }

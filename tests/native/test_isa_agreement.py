@@ -16,7 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
-KERNELS = ["max_pool2d_with_switches", "unpool_relu2d", "unpool_relu_conv_transpose2d", "deconv_step", "strongest"]
+KERNELS = [
+    "max_pool2d_with_switches", "unpool_relu2d", "unpool_relu_conv_transpose2d", "deconv_step", "strongest",
+    "conv_delta", "pool_delta", "lrn_delta", "relu_delta",
+    "conv_strongest", "paste_boxes",
+]  # fmt: skip
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 OPTIONS = ["-std=gnu++17", "-O2", "-Wno-psabi", "-Wno-ignored-attributes", "-pthread"]
 
@@ -28,7 +32,15 @@ def instruction_sets():
     return {name: (size, options.split()) for name, size, options in found}
 
 
+def options_of_sources():
+    """Source -> what it alone is compiled with."""
+    build = (ROOT / "CMakeLists.txt").read_text()
+    found = re.findall(r"set_source_files_properties\(csrc/(\w+)\.cpp PROPERTIES COMPILE_OPTIONS (-[^)]*)\)", build)
+    return {source: options.split() for source, options in found}
+
+
 ISAS = instruction_sets()
+OWN_OPTIONS = options_of_sources()
 VECTOR_ISAS = [name for name in ISAS if name != "generic"]
 
 
@@ -65,7 +77,7 @@ def built(tmp_path_factory):
         size, options = ISAS[isa]
         for kernel in KERNELS:
             defines = [f"-DZF_ISA={isa}", f"-DZF_VECTOR_BYTES={size}"]
-            add(f"{isa}-{kernel}", *defines, *options, SOURCES / f"{kernel}.cpp")
+            add(f"{isa}-{kernel}", *defines, *options, *OWN_OPTIONS.get(kernel, []), SOURCES / f"{kernel}.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for job in [pool.submit(compile_with, *arguments) for arguments in jobs]:
             job.result()
@@ -85,22 +97,23 @@ def run(built, isa, *arguments):
 
 
 def counts(output):
-    """(comparisons, mismatches) of the pooling ops and of the fused step."""
+    """(comparisons, mismatches) of the pooling ops, of the fused step, and of the ops on changes."""
     return [tuple(map(int, pair)) for pair in re.findall(r"(\d+) comparisons, (\d+) mismatches", output)]
 
 
 def test_the_build_has_kernels_to_compare():
     assert {"avx2", "avx512"} <= set(VECTOR_ISAS)
     assert "generic" in ISAS
+    assert OWN_OPTIONS["lrn_delta"] == ["-fno-math-errno"]
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 def test_kernels_agree_with_the_generic_ones(built, isa):
     done = run(built, isa)
     assert done.returncode == 0, done.stdout + done.stderr
-    (pooling, pooling_wrong), (fused, fused_wrong) = counts(done.stdout)
-    assert pooling > 3000 and fused > 700
-    assert pooling_wrong == fused_wrong == 0
+    (pooling, pooling_wrong), (fused, fused_wrong), (changes, changes_wrong) = counts(done.stdout)
+    assert pooling > 3000 and fused > 700 and changes > 1100
+    assert pooling_wrong == fused_wrong == changes_wrong == 0
 
 
 @pytest.mark.parametrize("isa", VECTOR_ISAS)

@@ -492,6 +492,47 @@ def test_torchscript_is_refused():
         read_network(model, SHAPE)
 
 
+class Announced(nn.Conv2d):
+    """A class of modules that has its own way of calling itself."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class Impl(nn.Conv2d):
+    def _call_impl(self, *args):
+        return super()._call_impl(*args) * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "kinds"),
+    [
+        (Announced(3, 4, 3), ("conv", "scale")),
+        (Impl(3, 4, 3), ("conv", "scale")),
+        (nn.Conv2d(3, 4, 3), ("conv",)),
+    ],
+    ids=["__call__", "_call_impl", "neither"],
+)
+def test_modules_that_call_themselves_their_own_way(layer, kinds):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.hidden = [nn.ReLU()]  # no module of the model's, to torch
+
+        def forward(self, x):
+            return self.hidden[0](self.layer(x))
+
+    kinds = ("input", *kinds, "relu")
+    before = dict(vars(nn.Module))
+    model = Outer().eval()
+    network = read_network(model, SHAPE)
+    assert tuple(stage.kind for stage in network.stages) == kinds
+    assert dict(vars(nn.Module)) == before
+    x = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(run(network, x), model(x))
+
+
 def test_threads_read_and_run_at_once():
     model = Code(lambda m, x: m.block(x), block=nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU())).eval()
     images = torch.randn(2, *SHAPE)

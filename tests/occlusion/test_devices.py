@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from zfcore import reference
 from zfcore.engine import sweep as engine
 from zfcore.network import read_network
 from zfcore.ops.conv_delta import DeltaFilters
@@ -48,7 +49,7 @@ def shapes_only(monkeypatch):
 
     def filters(weight, scale, shape, groups):
         assert scale is None or scale.device == weight.device
-        return DeltaFilters(weight.reshape(shape), scale, None, True)
+        return DeltaFilters(weight.reshape(shape), groups, scale, None, True)
 
     def give(delta, *arguments):
         out, places = arguments[-1], next(a for a in arguments if isinstance(a, tuple) and hasattr(a, "out_origin"))
@@ -57,8 +58,9 @@ def shapes_only(monkeypatch):
         return out
 
     monkeypatch.setattr(engine, "delta_filters", filters)
-    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta", "paste_boxes"):
+    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
         monkeypatch.setattr(engine, name, give)
+    monkeypatch.setattr(engine, "paste_boxes", reference.paste_boxes)
 
 
 @pytest.mark.parametrize("layer", [None, "left"])
@@ -72,8 +74,9 @@ def test_all_of_the_engine_is_on_one_device(shapes_only, layer):
         sweep = engine.Sweep(network, feature, y, x, torch.float32, 4, images.device)
         maps = sweep.up(images)
         seen = 0
-        for index, output, change, image in sweep.run(images, torch.zeros_like(images), maps):
-            assert {t.device.type for t in (index, output, image)} == {"meta"}
+        every = torch.arange(12, device="meta")
+        for index, output, change in sweep.run(images, torch.zeros_like(images), maps, every):
+            assert {t.device.type for t in (index, output)} == {"meta"}
             assert feature is None or change.device.type == "meta"
             seen += len(index)
     assert seen == 12

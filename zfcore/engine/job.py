@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zfcore.network import Window
+from zfcore.ops.conv_strongest import conv_strongest
 from zfcore.ops.strongest import strongest
 
 SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
@@ -49,15 +51,29 @@ class Job:
             totals = maps[:, ids].flatten(2).sum(-1)
             return torch.full((n, len(ids), 2), -1, device="cpu"), totals, totals
         else:
-            place = strongest(maps, ids).cpu()
-            positions = torch.stack((place // w, place % w), -1)
+            positions = _rows_and_columns(strongest(maps, ids), w)
         at = positions.to(self.device)
         values = maps[torch.arange(n, device=self.device)[:, None], ids, at[..., 0], at[..., 1]]
-        return positions, (torch.ones_like(values) if self.seed == "one" else values), values
+        return positions, self.seeds(values), values
+
+    def locate_in_conv(
+        self, images: Tensor, weight: Tensor, bias: Tensor | None, window: Window
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `locate` with positions="max", in the maps of a convolution of the images, which are not made."""
+        index, values = conv_strongest(images, weight, bias, self.units, window, self.map_size)
+        return _rows_and_columns(index, self.map_size[1]), self.seeds(values), values
+
+    def seeds(self, values: Tensor) -> Tensor:
+        return torch.ones_like(values) if self.seed == "one" else values
 
     def seed_maps(self, activations: Tensor) -> Tensor:
         """positions="all": the maps that seed the way down."""
         return torch.ones_like(activations) if self.seed == "one" else activations
+
+
+def _rows_and_columns(index: Tensor, width: int) -> Tensor:
+    index = index.cpu()
+    return torch.stack((index // width, index % width), -1)
 
 
 def times(signal: Tensor, slope: Tensor) -> Tensor:

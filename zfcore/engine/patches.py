@@ -213,6 +213,19 @@ class Engine:
                     del values[source]
         return values[self.network.layer], kept
 
+    def reads_picture(self) -> bool:
+        """Whether the layer is a convolution of the images whose strongest positions are all that is asked for.
+
+        Its maps need not be made then.
+        """
+        job, layer = self.job, self.network.layer
+        if layer.kind != "conv" or layer.inputs[0].kind != "input" or layer.options["groups"] != 1:
+            return False
+        if not isinstance(job.positions, str) or job.positions != "max":
+            return False
+        read = (job.images, layer.options["weight"](), layer.options["bias"]())
+        return all(x is None or _is_plain(x) for x in read)
+
     def keep_switches(self, stage: Stage, switches: Tensor) -> tuple[Tensor, Tensor | None]:
         """Switches, channels last; and with overlap="last", where no `deconv_step` sees to it, which windows
         keep their place to themselves.
@@ -247,10 +260,16 @@ class Engine:
 
     def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         job = self.job
-        activations, kept = self.up(job.images[begin:end])
-        if activations.dim() == 2:
-            activations = activations[:, :, None, None]
-        positions, seeds, reported = job.locate(activations, begin)
+        images = job.images[begin:end]
+        if self.reads_picture():
+            conv, kept = self.network.layer, {}
+            weight, bias = conv.options["weight"](), conv.options["bias"]()
+            positions, seeds, reported = job.locate_in_conv(images, weight, bias, conv.window)
+        else:
+            activations, kept = self.up(images)
+            if activations.dim() == 2:
+                activations = activations[:, :, None, None]
+            positions, seeds, reported = job.locate(activations, begin)
         n, u = reported.shape
         image = torch.arange(n, device=job.device).repeat_interleave(u)
         unit = job.units.to(job.device).repeat(n)
@@ -497,6 +516,17 @@ class Engine:
             signals[source] = pixels
         else:
             self.send(source, out, down, seeds, signals, fresh=True)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its values in float32, for a kernel of the CPU to read."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+    )
 
 
 def _scale(stage: Stage) -> Tensor | float:

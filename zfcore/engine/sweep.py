@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcore.engine.patches import _Buffers
 from zfcore.network import Network, Stage, Window
 from zfcore.ops._library import runs_on
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters
@@ -34,7 +33,7 @@ from zfcore.reference.deconv_step import cut
 Pair = tuple[int, int]
 
 CLEAN_BYTES = 512 * 2**20  # of the clean maps of one batch of images
-CHANGE_BYTES = 256 * 2**20  # of the changes of one batch of positions
+CHANGE_BYTES = 160 * 2**20  # of the changes of one batch of positions
 MOST_POSITIONS = 1024  # of a batch, which shares one reading of the filters
 LANES = 16  # outputs that conv_delta works out at once
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
@@ -101,14 +100,14 @@ class Rects(NamedTuple):
 class _Step:
     """One operation on changes, or several at once.
 
-    result: the stage whose change it gives. sources: those whose changes it reads. run: the Sweep's method.
+    result: the stage whose change it gives. sources: those whose changes it reads. run: the method of Sweep.
     clean: the stages whose clean maps it reads. macs: its multiply-adds a position, counted as if all inside a
     patch changed; plain: those of the whole map.
     """
 
     result: Stage
     sources: list[Stage]
-    run: Callable[[_Step, _Batch], Tensor]
+    run: Callable[[Sweep, _Step, _Batch], Tensor]
     clean: tuple[Stage, ...] = ()
     macs: float = 0.0
     plain: float = 0.0
@@ -157,7 +156,6 @@ class Sweep:
         self.picture, self.output = network.stages[0], network.layer
         self.boxes = y, x
         self.readers = network.consumers()
-        self.buffers = _Buffers(dtype, device)
         self.rects = {self.picture: Rects.fitted(list(y), list(x), self.picture.shape[1:])}
         self.steps: list[_Step] = []
         planned = {self.picture}
@@ -168,10 +166,14 @@ class Sweep:
         self.kept = {self.output, *(source for step in self.steps for source in step.clean)}
         if feature is not None:
             self.kept.add(feature)
-        self.order = _tiled(len(y), len(x)).to(device)
+        self.rank = _tiled(len(y), len(x)).argsort().to(device)
         self.spans = tuple(torch.tensor(axis, device=device).reshape(-1, 2) for axis in self.boxes)
         self.starts: dict[Rects, tuple[Tensor, Tensor]] = {}
-        self.batch_size = batch_size or max(1, min(MOST_POSITIONS, CHANGE_BYTES // self.change_bytes()))
+        self.offset, self.length = self.plan_memory()
+        most = CHANGE_BYTES // (max(self.length, 1) * dtype.itemsize)
+        self.chosen_size = batch_size
+        self.batch_size = batch_size or max(1, min(MOST_POSITIONS, most))
+        self.memory: Tensor | None = None  # of all changes of a batch, as long as the largest so far
 
     # -- the plan
 
@@ -197,30 +199,30 @@ class Sweep:
             return self.plan_product(stage)
         source = stage.inputs[0]
         below = self.rects[source]
-        run, clean, own = self.change_any, (*stage.inputs, stage), None
+        run, clean, own = Sweep.change_any, (*stage.inputs, stage), None
         if stage.kind == "relu":
-            run, clean, own = self.change_relu, (source,), below
+            run, clean, own = Sweep.change_relu, (source,), below
         elif stage.kind == "lrn":
-            run, clean, own = self.change_lrn, (source, stage), below
+            run, clean, own = Sweep.change_lrn, (source, stage), below
         elif stage.kind in ("batch_norm", "scale"):
-            run, clean, own = self.change_scale, (), below
+            run, clean, own = Sweep.change_scale, (), below
         elif stage.kind == "identity" or self.stays_patch(stage):
-            run, clean, own = self.change_nothing, (), below
+            run, clean, own = Sweep.change_nothing, (), below
         elif stage.kind == "max_pool":
-            run, clean = self.change_max_pool, (source, stage)
+            run, clean = Sweep.change_max_pool, (source, stage)
             own = below.reached(stage.window, stage.shape[1:])
         elif stage.kind == "avg_pool":
-            run, clean, own = self.change_avg_pool, (), below.reached(stage.window, stage.shape[1:])
+            run, clean, own = Sweep.change_avg_pool, (), below.reached(stage.window, stage.shape[1:])
         elif stage.kind == "pad":
-            run, clean, own = self.change_pad, (), below.reached(stage.window, stage.shape[1:])
+            run, clean, own = Sweep.change_pad, (), below.reached(stage.window, stage.shape[1:])
         elif stage.kind in ("add", "cat"):
-            run, clean = self.change_add if stage.kind == "add" else self.change_cat, ()
+            run, clean = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, ()
             spans = [[self.rects[s].spans(axis) for s in stage.inputs] for axis in (0, 1)]
             joined = [[(min(b for b, _ in at), max(e for _, e in at)) for at in zip(*axis)] for axis in spans]
-            own = Rects.fitted(*joined, stage.shape[1:])
+            own = Rects.fitted(*joined, _size(stage))
         elif options.get("mean"):
-            run, clean = self.change_mean, ()
-        self.rects[stage] = own or below.whole(stage.shape[1:] if len(stage.shape) == 3 else (1, 1))
+            run, clean = Sweep.change_mean, ()
+        self.rects[stage] = own or below.whole(_size(stage))
         return _Step(stage, list(stage.inputs), run, clean)
 
     def stays_patch(self, stage: Stage) -> bool:
@@ -253,16 +255,17 @@ class Sweep:
                 scale = own if scale is None else scale * own
         before = ([stage, *chain])[-2] if rectifier else None
         result = chain[-1] if chain else stage
-        self.rects[result] = self.rects[stage] = self.rects[source].reached(window, above)
-        pairs = self.rects[source].pairs(window, above)
+        below = self.rects[source]
+        self.rects[result] = self.rects[stage] = below.reached(window, above)
+        pairs = below.pairs(window, above)
         wide = -(-shape[0] // groups // LANES) * LANES * groups  # outputs, in whole blocks
         return _Step(
             result,
             [source],
-            self.change_product,
+            Sweep.change_product,
             (before,) if before else (),
             macs=pairs * shape[1] * wide,
-            plain=math.prod(above) * math.prod(shape),
+            plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             before=before,
             filters=delta_filters(weight, scale, shape, groups),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),
@@ -282,30 +285,51 @@ class Sweep:
         """Whether all filters are: a zero change times an infinite filter is no zero."""
         return all(step.filters is None or step.filters.finite for step in self.steps)
 
-    def change_bytes(self) -> int:
-        """What the changes of one position take, at most, while a step runs."""
-        live, most = {self.picture}, 0
+    def plan_memory(self) -> tuple[dict[Stage, int], int]:
+        """Where the changes of a position lie in one piece of memory, in values, and how long it is.
+
+        A change lives until its last reader has run; what does not live may be written over.
+        """
+        last = {step.result: at for at, step in enumerate(self.steps)}
+        last |= {source: at for at, step in enumerate(self.steps) for source in step.sources}
+        last[self.output] = len(self.steps)
+        for step in reversed(self.steps):
+            if step.run is Sweep.change_nothing:  # its result is its source
+                last[step.sources[0]] = max(last[step.sources[0]], last[step.result])
+        offset: dict[Stage, int] = {}
+        live: list[tuple[int, int, Stage]] = []  # begin, end and stage, in order
+        length = 0
         for at, step in enumerate(self.steps):
-            live.add(step.result)
-            most = max(most, sum(math.prod(self.rects[s].size) * self.channels(s) for s in live))
-            waiting = {s for later in self.steps[at + 1 :] for s in later.sources}
-            live = {s for s in live if s in waiting or s is self.output}
-        return most * self.dtype.itemsize
+            live = [block for block in live if last[block[2]] >= at]
+            if step.run is Sweep.change_nothing:
+                continue
+            size, begin = math.prod(self.rects[step.result].size) * self.channels(step.result), 0
+            for first, end, _ in live:
+                if begin + size <= first:
+                    break
+                begin = end
+            offset[step.result] = begin
+            live = sorted([*live, (begin, begin + size, step.result)], key=lambda block: block[0])
+            length = max(length, begin + size)
+        return offset, length
 
     def channels(self, stage: Stage) -> int:
-        return stage.inputs[0].shape[0] if self.stays_patch(stage) else stage.shape[0]
+        """Of its change, [B, channels, h, w]: what is no map travels as maps of one pixel."""
+        if self.stays_patch(stage):
+            return stage.inputs[0].shape[0]
+        return stage.shape[0] if len(stage.shape) == 3 else math.prod(stage.shape)
 
     # -- the way up
 
     def image_batches(self, count: int) -> Iterator[tuple[int, int]]:
         """Image batches [begin, end): as many as their clean maps leave room for, and not more than fill a batch."""
         size = sum(math.prod(stage.shape) for stage in self.kept) * self.dtype.itemsize
-        step = max(1, min(CLEAN_BYTES // max(size, 1), -(-self.batch_size // len(self.order))))
+        step = max(1, min(CLEAN_BYTES // max(size, 1), -(-self.batch_size // len(self.rank))))
         for begin in range(0, count, step):
             yield begin, min(begin + step, count)
 
     def up(self, images: Tensor) -> dict[Stage, Tensor]:
-        """The clean maps that the steps read, the output and the feature's, channels last; features as 1 x 1 maps."""
+        """The clean maps that the steps read, the output and the feature's, channels last; what is no map as maps of one pixel."""
         values: dict[Stage, Tensor] = {}
         kept: dict[Stage, Tensor] = {}
         waiting = {stage: len(readers) for stage, readers in self.readers.items()}
@@ -313,7 +337,7 @@ class Sweep:
             inputs = [values[source] for source in stage.inputs]
             values[stage] = value = stage.run(*inputs) if inputs else images
             if stage in self.kept:
-                shaped = value if value.dim() == 4 else value.reshape(*value.shape[:2], 1, 1)
+                shaped = value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
                 kept[stage] = shaped.contiguous(memory_format=torch.channels_last)
             for source in stage.inputs:
                 waiting[source] -= 1
@@ -322,47 +346,41 @@ class Sweep:
         return kept
 
     def run(
-        self, images: Tensor, fill: Tensor, maps: dict[Stage, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """All positions of the images, batch by batch.
+        self, images: Tensor, fill: Tensor, maps: dict[Stage, Tensor], index: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Positions of the images, batch by batch, in an order of its own.
 
-        images, fill: [n, C, H, W]. maps: of `up`. Yields the positions' places among n * Gy * Gx [B], the network's
-        output for them, the feature's changes [B, C, h, w] and the images that each is of [B].
+        images, fill: [n, C, H, W]. maps: of `up`. index: [k] int64, not empty, image * Gy * Gx + position. Yields parts of the
+        index [B], the network's output for them, and the feature's changes [B, C, h, w].
         """
-        per_image, columns = len(self.order), len(self.boxes[1])
-        every = (torch.arange(len(images), device=self.device)[:, None] * per_image + self.order).reshape(-1)
-        for index in every.split(self.batch_size):
-            position = index % per_image
-            batch = _Batch(index // per_image, position // columns, position % columns, maps, self.starts)
+        per_image, columns = len(self.rank), len(self.boxes[1])
+        size = min(self.batch_size, len(index))
+        if self.chosen_size is None:
+            size = -(-len(index) // -(-len(index) // size))  # batches of near-equal sizes
+        if self.memory is None or len(self.memory) < size * self.length:
+            self.memory = torch.empty(size * self.length, dtype=self.dtype, device=self.device)
+        order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
+        for own in index[order].split(size):
+            position = own % per_image
+            batch = _Batch(own // per_image, position // columns, position % columns, maps, self.starts)
             batch.changes[self.picture] = self.painted(images, fill, batch)
             feature = batch.changes[self.picture].clone() if self.feature is self.picture else None
-            for at, step in enumerate(self.steps):
-                change = step.run(step, batch)
-                batch.changes[step.result] = change
+            for step in self.steps:
+                change = batch.changes[step.result] = step.run(self, step, batch)
                 if step.result is self.feature:
                     feature = change.clone()
-                self.drop(batch, at)
-            output = maps[self.output][batch.image] + batch.changes[self.output]
-            yield index, output.reshape(len(index), *self.output.shape), feature, batch.image
-            self.buffers.give_all_back()
-
-    def drop(self, batch: _Batch, at: int) -> None:
-        """Gives back the memory of the changes that no later step reads."""
-        waiting = {s for later in self.steps[at + 1 :] for s in later.sources} | {self.output}
-        alive = {id(change) for s, change in batch.changes.items() if s in waiting}
-        for stage in [s for s in batch.changes if s not in waiting]:
-            change = batch.changes.pop(stage)
-            if change in self.buffers and id(change) not in alive:
-                self.buffers.give_back(change)
+            output = self.changed(self.output, batch).contiguous()
+            if feature is not None and len(self.feature.shape) != 3:
+                feature = feature.reshape(len(own), *self.feature.shape)
+            yield own, output.reshape(len(own), *self.output.shape), feature
 
     def painted(self, images: Tensor, fill: Tensor, batch: _Batch) -> Tensor:
         """What the boxes change the pictures by."""
         rects = self.rects[self.picture]
         origin = batch.origin(rects)
         (y0, y1), (x0, x1) = (spans[at].unbind(1) for spans, at in zip(self.spans, (batch.row, batch.column)))
-        out = self.buffers.take(len(batch.image), images.size(1), *rects.size)
         places = Places(batch.image, origin, origin, rects.size)
-        return paste_boxes(images, fill, torch.stack((y0, x0, y1, x1), 1), places, out)
+        return paste_boxes(images, fill, torch.stack((y0, x0, y1, x1), 1), places)
 
     # -- the steps
 
@@ -375,30 +393,34 @@ class Sweep:
             return stage.options["scale"]()[:, None, None].to(self.dtype)
         return torch.as_tensor(stage.options["factor"], dtype=self.dtype, device=self.device)
 
-    def memory(self, step: _Step, batch: _Batch) -> Tensor:
-        return self.buffers.take(len(batch.image), self.channels(step.result), *self.rects[step.result].size)
+    def result(self, step: _Step, batch: _Batch) -> Tensor:
+        """Memory for the step's change, channels last, its contents undefined."""
+        count, channels, size = len(batch.image), self.channels(step.result), self.rects[step.result].size
+        begin = self.offset[step.result] * count
+        own = self.memory[begin : begin + count * channels * math.prod(size)]
+        return own.view(count, *size, channels).permute(0, 3, 1, 2)
 
     def places(self, step: _Step, batch: _Batch) -> Places:
         return batch.places(self.rects[step.sources[0]], self.rects[step.result])
 
     def change_product(self, step: _Step, batch: _Batch) -> Tensor:
         clean = batch.maps[step.before] if step.before else None
-        change, out = batch.changes[step.sources[0]], self.memory(step, batch)
+        change, out = batch.changes[step.sources[0]], self.result(step, batch)
         return conv_delta(change, step.filters, step.convolution, self.places(step, batch), clean, out)
 
     def change_relu(self, step: _Step, batch: _Batch) -> Tensor:
-        source, out = step.sources[0], self.memory(step, batch)
+        source, out = step.sources[0], self.result(step, batch)
         return relu_delta(
             batch.changes[source], batch.maps[source], _limits(step.result), self.places(step, batch), out
         )
 
     def change_lrn(self, step: _Step, batch: _Batch) -> Tensor:
-        source, out, lrn = step.sources[0], self.memory(step, batch), Lrn(*step.result.options["lrn"])
+        source, out, lrn = step.sources[0], self.result(step, batch), Lrn(*step.result.options["lrn"])
         before, after = batch.maps[source], batch.maps[step.result]
         return lrn_delta(batch.changes[source], before, after, lrn, self.places(step, batch), out)
 
     def change_max_pool(self, step: _Step, batch: _Batch) -> Tensor:
-        source, out = step.sources[0], self.memory(step, batch)
+        source, out = step.sources[0], self.result(step, batch)
         before, after = batch.maps[source], batch.maps[step.result]
         return pool_delta(
             batch.changes[source], before, after, step.result.window, self.places(step, batch), out
@@ -406,7 +428,7 @@ class Sweep:
 
     def change_scale(self, step: _Step, batch: _Batch) -> Tensor:
         factor = self.factor(step.result)
-        return torch.mul(batch.changes[step.sources[0]], factor, out=self.memory(step, batch))
+        return torch.mul(batch.changes[step.sources[0]], factor, out=self.result(step, batch))
 
     def change_nothing(self, step: _Step, batch: _Batch) -> Tensor:
         return batch.changes[step.sources[0]]
@@ -421,11 +443,16 @@ class Sweep:
         if callable(share):
             counts = share(torch.zeros(1, dtype=self.dtype, device=self.device))
             share = cut(counts, torch.zeros_like(batch.image), places.out_origin, places.size)
-        return torch.mul(total, share, out=self.memory(step, batch))
+        return torch.mul(total, share, out=self.result(step, batch))
 
     def change_mean(self, step: _Step, batch: _Batch) -> Tensor:
-        source, out = step.sources[0], self.memory(step, batch)
+        source, out = step.sources[0], self.result(step, batch)
         return torch.sum(batch.changes[source], (2, 3), keepdim=True, out=out).div_(math.prod(source.shape[1:]))
+
+    def changed(self, source: Stage, batch: _Batch) -> Tensor:
+        """A stage's whole maps, with their changes."""
+        whole = batch.maps[source][batch.image]
+        return whole + cut(batch.changes[source], batch.each, -batch.origin(self.rects[source]), whole.shape[2:])
 
     def moved(self, source: Stage, step: _Step, batch: _Batch, by: Pair = (0, 0)) -> Tensor:
         """A source's change as a patch where the step's result lies, the map moved `by` rows and columns."""
@@ -440,21 +467,17 @@ class Sweep:
 
     def change_add(self, step: _Step, batch: _Batch) -> Tensor:
         parts = [self.moved(source, step, batch) for source in step.sources]
-        return torch.add(*parts, out=self.memory(step, batch))
+        return torch.add(*parts, out=self.result(step, batch))
 
     def change_cat(self, step: _Step, batch: _Batch) -> Tensor:
         parts = [self.moved(source, step, batch) for source in step.sources]
-        return torch.cat(parts, 1, out=self.memory(step, batch))
+        return torch.cat(parts, 1, out=self.result(step, batch))
 
     def change_any(self, step: _Step, batch: _Batch) -> Tensor:
         """Any operation, on whole maps."""
-        inputs = []
-        for source in step.sources:
-            change, rects = batch.changes[source], self.rects[source]
-            whole = batch.maps[source][batch.image]
-            whole += cut(change, batch.each, -batch.origin(rects), whole.shape[2:])
-            inputs.append(whole.reshape(len(whole), *source.shape))
-        out = self.memory(step, batch)
+        inputs = [self.changed(source, batch) for source in step.sources]
+        inputs = [x.reshape(len(x), *source.shape) for x, source in zip(inputs, step.sources, strict=True)]
+        out = self.result(step, batch)
         result = step.result.run(*inputs).reshape(out.shape)
         return torch.sub(result, batch.maps[step.result][batch.image], out=out)
 
@@ -464,6 +487,11 @@ def _tiled(rows: int, columns: int) -> Tensor:
     row, column = (axis.reshape(-1) for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
     key = (row // TILE[0] * columns + column // TILE[1]) * math.prod(TILE) + row % TILE[0] * TILE[1] + column % TILE[1]
     return key.argsort()
+
+
+def _size(stage: Stage) -> Pair:
+    """Of its maps; what is no map travels as maps of one pixel."""
+    return tuple(stage.shape[1:]) if len(stage.shape) == 3 else (1, 1)
 
 
 def _sizes(stage: Stage) -> tuple[Pair, Pair]:

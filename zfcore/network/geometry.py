@@ -69,5 +69,7 @@ def pair(value) -> Pair:
     """An int or a sequence of one or two, as rows and columns."""
     if isinstance(value, int):
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     value = tuple(int(v) for v in value)
     return value * 2 if len(value) == 1 else value

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 _lock = threading.RLock()  # a finaliser that the collector runs inside may need it too
-_holds: weakref.WeakKeyDictionary[nn.Module, _Hold] = weakref.WeakKeyDictionary()
+_holds: dict[int, _Hold] = {}  # by the id of the module, which lives as long as it is held
 
 
 class _Hold:
     """How many calls hold a module in eval mode, and its mode before the first of them."""
 
-    __slots__ = ("count", "training")
+    __slots__ = ("module", "count", "training")
 
-    def __init__(self, training: bool):
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.count = 0
-        self.training = training
+        self.training = module.training
 
 
 @contextlib.contextmanager
@@ -35,9 +35,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     modules = list(model.modules())
     with _lock:
         for module in modules:
-            hold = _holds.get(module)
+            hold = _holds.get(id(module))
             if hold is None:
-                hold = _holds[module] = _Hold(module.training)
+                hold = _holds[id(module)] = _Hold(module)
             hold.count += 1
             if module.training:
                 module.training = False
@@ -46,11 +46,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         with _lock:
             for module in modules:
-                hold = _holds[module]
+                hold = _holds[id(module)]
                 hold.count -= 1
                 if hold.count == 0:
-                    module.training = hold.training
-                    del _holds[module]
+                    if module.training != hold.training:
+                        module.training = hold.training
+                    del _holds[id(module)]
 
 
 class Observer:

@@ -98,7 +98,12 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
         run=lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups),
         shape=(len(weight), *size),
         window=window,
-        options={"weight": lambda: weight, "groups": int(groups), "even_padding": before == after},
+        options={
+            "weight": lambda: weight,
+            "bias": lambda: bias,
+            "groups": int(groups),
+            "even_padding": before == after,
+        },
     )
 
 
@@ -755,10 +760,9 @@ def operation_of_module(module: nn.Module) -> Callable[[Stage, nn.Module], Stage
     own = type(module)
     for base in own.__mro__:
         if base in MODULES:
-            same = all(
-                getattr(own, method, None) is getattr(base, method, None)
-                for method in ("forward", "_conv_forward")
-            )
+            same = own.forward is base.forward
+            if same and issubclass(base, nn.Conv2d):
+                same = own._conv_forward is base._conv_forward
             return MODULES[base] if same else None
     return None
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import builtins
 import contextlib
 import difflib
+import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace as fx_tracing
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_aggregate
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation, ZfcoreError
@@ -34,8 +37,8 @@ from zfcore.network.operations import (
 )
 from zfcore.network.stages import Stage
 
-# fx replaces nn.Module.__call__ for the whole process while it traces; one trace at a time, and the tracer
-# below lets the calls of other threads through.
+# The calls of modules are replaced for the whole process while a model is followed; one model at a time, and
+# the reader below lets the calls of other threads through.
 _tracing = threading.Lock()
 
 
@@ -116,6 +119,9 @@ class _Parts(tuple):
     node: fx.Node
 
 
+_PLAIN_FUNCTIONS = (FunctionType, BuiltinFunctionType, type(Tensor.add))
+
+
 class _Traced(fx.Proxy):
     """A map on its way through the model's code.
 
@@ -163,6 +169,19 @@ class _Traced(fx.Proxy):
 
     requires_grad = False
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """As fx has it, for the plain functions that models call; its own search of the arguments is slow."""
+        kwargs = kwargs or {}
+        if not isinstance(function, _PLAIN_FUNCTIONS):
+            return super().__torch_function__(function, types, args, kwargs)
+        reader = next((a.tracer for a in _flat((args, kwargs)) if isinstance(a, cls)), None)
+        if reader is None:
+            return super().__torch_function__(function, types, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(function):
+            return reader.create_proxy("call_method", function.__name__, args, kwargs)
+        return reader.create_proxy("call_function", function, args, kwargs)
+
     def _in_place(name):  # noqa: N805
         function = getattr(operator, name)
         return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -187,6 +206,7 @@ class _Reader(fx.Tracer):
         self.calls: dict[nn.Module, list[object]] = {}  # what each call of a module returned: a stage, or not
         self.failure: ZfcoreError | None = None  # why not all of the model's code was followed
         self.blind: str | None = None  # a module whose inside was not followed
+        self.by_call = False  # modules are met where they are called, not in their `_call_impl`
 
     # -- the model's code
 
@@ -196,25 +216,50 @@ class _Reader(fx.Tracer):
             self.failure = UnsupportedOperation(f"{self.described(self.model)} {refusal}")
             return
         try:
-            with _attributes_kept(self.model):
-                self.trace(self.model)
+            with _attributes_kept(self.paths):
+                self.follow()
         except Exception as error:  # tracing runs the user's code on proxies, which may fail in any way
             if self.failure is None:
                 self.fail(error, self.scopes[-1])
 
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+    def follow(self) -> None:
+        """`fx.Tracer.trace`, less what only a graph needs, which takes it longer than all of the rest."""
+        _LazyGraphModule.force_recompile(self.model)
+        forward = type(self.model).forward
+        if not isinstance(forward, FunctionType):
+            raise TypeError(f"its forward is a {type(forward).__name__}, not a function")
+        self.graph = fx.Graph()
         self.node = self.graph.placeholder("image")
         image = Stage("input", shape=self.image_shape, name="image", field=Field())
+        before, fx_tracing._is_fx_tracing_flag = fx_tracing._is_fx_tracing_flag, True
+        try:
+            with fx_tracing._new_patcher() as patcher:
+                self.follow_calls(patcher)
+                fx_tracing._patch_wrapped_functions(patcher)
+                out = forward(self.model, _Traced(self, image, []))  # its other arguments keep their defaults
+                self.returned(self.model, out)
+        finally:
+            fx_tracing._is_fx_tracing_flag = before
 
-        def run(*args):
-            self.returned(self.model, root_fn(*args))
+    def follow_calls(self, patcher: object) -> None:
+        """From now on the calls of modules go to `call_module`.
 
-        return run, [self.model, _Traced(self, image, [])]  # the model's other arguments keep their defaults
+        fx replaces nn.Module's __call__; but then Python visits every class of modules there is. What that
+        calls is cheap to replace, and does as well where no compiled version of a module is called instead.
+        """
+        self.by_call = any([m._compiled_call_impl is not None for m in self.paths])
+        name = "__call__" if self.by_call else "_call_impl"
+        original = getattr(nn.Module, name)
+
+        def call(module, *args, **kwargs):
+            return self.call_module(module, functools.partial(original, module), args, kwargs)
+
+        patcher.patch_method(nn.Module, name, call, deduplicate=False)
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        if not any(isinstance(a, fx.Proxy) for a in _flat((args, kwargs))):
+        if not (args and isinstance(args[0], fx.Proxy)) and not _any_proxy((args, kwargs)):
             return forward(*args, **kwargs)  # a constant of the model, computed as it goes
         self.scopes.append(m)
         try:
@@ -232,20 +277,22 @@ class _Reader(fx.Tracer):
         refusal = self.refusal(m)
         operation = operation_of_module(m)
         if refusal is None and operation is None and not _is_opaque(m):
-            return m._call_impl(*args, **kwargs)  # as `forward`, but never a version of it that was compiled
+            if self.by_call:
+                return m._call_impl(*args, **kwargs)  # as `forward`, but never a compiled version of it
+            return forward(*args, **kwargs)
         if refusal is not None or operation is None:
             unread = self.unread(refusal or "is not an operation that the engines read")
             inside = next(m.children(), None) is not None
             if inside:
                 self.blind = self.blind or str(unread.error)
-            changes = inside or refusal is not None or getattr(m, "inplace", False) is True
+            changes = inside or refusal is not None or _works_in_place(m)
             return self.lose(unread, (args, kwargs), (args, kwargs) if changes else ())
         if len(args) != 1 or kwargs:
             unread = self.unread("is called with more than one map")
-            return self.lose(unread, (args, kwargs), args if getattr(m, "inplace", False) is True else ())
+            return self.lose(unread, (args, kwargs), args if _works_in_place(m) else ())
         return self.operate(
-            lambda x: operation(x, m), args, {}, in_place=getattr(m, "inplace", False) is True,
-            view=isinstance(m, nn.Flatten | nn.Unflatten),
+            lambda x: operation(x, m), args, {}, in_place=_works_in_place(m),
+            view=isinstance(m, (nn.Flatten, nn.Unflatten)),
         )  # fmt: skip
 
     def refusal(self, m: nn.Module) -> str | None:
@@ -254,15 +301,16 @@ class _Reader(fx.Tracer):
             return "is TorchScript, whose operations cannot be seen"
         if m is self.model and "forward" in vars(m):
             return "has a forward of its own, set on the instance"
-        hooks = (m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        if any(hooks) or self.meddled(m) and m is not self.model or any(_hooks_on_all_modules()):
+        hooks = m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        if hooks or self.meddled(m) and m is not self.model or _hooks_on_all_modules():
             return "has hooks, which may change what it computes"
         return None
 
     @staticmethod
     def meddled(m: nn.Module) -> bool:
         """Whether a forward hook may change the module's output."""
-        return not all(isinstance(hook, Observer) for hook in m._forward_hooks.values())
+        hooks = m._forward_hooks
+        return bool(hooks) and not all(isinstance(hook, Observer) for hook in hooks.values())
 
     def returned(self, m: nn.Module, out: object) -> None:
         value = self.value_of(out)
@@ -321,8 +369,7 @@ class _Reader(fx.Tracer):
         """The result of an operation: a proxy, or numbers."""
         given, changed = (args, kwargs), args[:1] if in_place else ()
         for a in _flat(given):
-            value = self.value_of(a)
-            if isinstance(value, _Unread):
+            if isinstance(a, fx.Proxy) and isinstance(value := self.value_of(a), _Unread):
                 return self.lose(value, given, changed)
         values = map_aggregate((args, kwargs), lambda a: a.value if isinstance(a, _Traced) else a)
         try:
@@ -361,7 +408,6 @@ class _Reader(fx.Tracer):
         self.count += 1
         stage.index = self.count
         stage.name = f"{self.paths.get(self.scopes[-1], '')}:{label.rpartition('.')[2]}"
-        stage.field = _field_of(stage)
         return stage
 
     def replace(self, proxy: _Traced, stage: Stage):
@@ -419,7 +465,7 @@ class _Reader(fx.Tracer):
 
 def _root(value: object) -> object:
     """The map that an attribute, as x.T, is read from."""
-    while isinstance(value, fx.proxy.Attribute):
+    while issubclass(type(value), fx.proxy.Attribute):
         value = value.root
     return value
 
@@ -449,14 +495,30 @@ def _changes_input(function: Callable) -> bool:
     return function in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
-def _flat(value: object) -> Iterator[object]:
-    if isinstance(value, tuple | list):
-        for part in value:
-            yield from _flat(part)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
+def _flat(value: object) -> list[object]:
+    """What lists, tuples and dicts hold. isinstance would ask a map for its __class__, which takes longer."""
+    found, rest = [], [value]
+    while rest:
+        part = rest.pop()
+        kind = type(part)
+        if issubclass(kind, (tuple, list)):
+            rest.extend(reversed(part))
+        elif issubclass(kind, dict):
+            rest.extend(reversed(part.values()))
+        else:
+            found.append(part)
+    return found
+
+
+def _any_proxy(value: object) -> bool:
+    return any([isinstance(part, fx.Proxy) for part in _flat(value)])
+
+
+def _works_in_place(module: nn.Module) -> bool:
+    """Whether its attribute `inplace` is True; nn.Module takes long to say that it has no such attribute."""
+    if "inplace" not in module.__dict__ and not hasattr(type(module), "inplace"):
+        return False
+    return module.inplace is True
 
 
 def _is_opaque(module: nn.Module) -> bool:
@@ -465,25 +527,28 @@ def _is_opaque(module: nn.Module) -> bool:
     return own and not isinstance(module, nn.Sequential)
 
 
-def _hooks_on_all_modules() -> Iterator[object]:
+def _hooks_on_all_modules() -> bool:
     hooks = torch.nn.modules.module
-    yield hooks._global_forward_hooks
-    yield hooks._global_forward_pre_hooks
-    yield hooks._global_backward_hooks
-    yield hooks._global_backward_pre_hooks
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
+def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Proxies that the model's code sets on its modules while it is traced are taken back."""
-    kept = [(module, dict(vars(module))) for module in model.modules()]
+    kept = [(module.__dict__, module.__dict__.copy()) for module in modules]
     try:
         yield
     finally:
-        for module, before in kept:
-            now = vars(module)
+        for now, before in kept:
+            if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+                continue
             for name in [name for name, value in now.items() if before.get(name, kept) is not value]:
-                if any(isinstance(part, fx.Proxy) for part in _flat(now[name])):
+                if _any_proxy(now[name]):
                     del now[name]
                     if name in before:
                         now[name] = before[name]
@@ -553,6 +618,7 @@ def read_network(
     stages = _up_to(found)
     for index, stage in enumerate(stages):
         stage.index = index
+        stage.field = _field_of(stage) if stage.inputs else stage.field
         if stage in reader.owners:
             owner, i = reader.owners[stage]
             path = reader.paths.get(owner, type(owner).__name__)

@@ -25,12 +25,12 @@ class Stage:
     shape:   of its output without the batch axis: (C, H, W), or (F,).
     window:  the sliding window of conv, pools and pad, else None.
     options: what the engines need besides: of conv "weight" (a function that returns [K, C / groups, kh,
-             kw]), "groups" and "even_padding"; of relu "rectifier"; of max_pool "ceil_mode"; of avg_pool
-             "share", what each pixel of a window counts (a number, or a function of a tensor that is like it:
-             [1, 1, Oh, Ow]); of batch_norm "scale" (a function that returns [C]); of scale "factor" (a
-             number, or [C, 1, 1]); of lrn "lrn" (size, alpha, beta, k); of map "matrix" of a full layer (a
-             function that returns [K, F]), "flat" where it lays the values of a map out in a row, "mean" where it
-             takes the mean of each map.
+             kw]), "bias" (likewise, [K] or None), "groups" and "even_padding"; of relu "rectifier"; of
+             max_pool "ceil_mode"; of avg_pool "share", what each pixel of a window counts (a number, or a
+             function of a tensor that is like it: [1, 1, Oh, Ow]); of batch_norm "scale" (a function that
+             returns [C]); of scale "factor" (a number, or [C, 1, 1]); of lrn "lrn" (size, alpha, beta, k); of
+             map "matrix" of a full layer (a function that returns [K, F]), "flat" where it lays the values of a
+             map out in a row, "mean" where it takes the mean of each map.
     name:    the module's dotted name, with "@i" when it is called several times; for a function called
              outside such a module, "module:function".
     index:   its place in the network.

@@ -15,6 +15,8 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> No
     """maps: [N, C, H, W], of one N each, None for one that is not read."""
     if delta.dim() != 4 or delta.dtype not in DTYPES:
         raise DtypeError(f"delta of {delta.dtype} {tuple(delta.shape)}: expected float32 or float64 [B, C, h, w]")
+    if 0 in delta.shape[1:] or 0 in places.size:
+        raise ShapeError(f"delta of {tuple(delta.shape)}, a result of {tuple(places.size)}: expected none of 0")
     b = len(delta)
     check_indices(
         delta.device,

@@ -71,6 +71,18 @@ def for_deconv(weight: torch.Tensor, scale: torch.Tensor | None, conv: tuple, gr
     return _packed(weight, scale, ("deconv", conv[3], groups), pack)
 
 
+def pack_for_delta(
+    weight: torch.Tensor, scale: torch.Tensor | None, groups: int
+) -> tuple[torch.Tensor, bool]:
+    """As `for_delta`, packed for this call; weight: [K, C / groups, kh, kw] and scale, contiguous."""
+    view = _boundary.view(weight)
+    filters = torch.empty(native.delta_filters_bytes_cpu(view, groups), dtype=torch.uint8, device="cpu")
+    finite = native.pack_delta_filters_cpu(
+        view, _boundary.address(scale), _boundary.address(filters), groups, _boundary.threads()
+    )
+    return filters, finite
+
+
 def for_delta(
     weight: torch.Tensor, scale: torch.Tensor | None, shape: tuple, groups: int
 ) -> tuple[torch.Tensor, bool]:
@@ -78,13 +90,9 @@ def for_delta(
 
     weight: float32 or float64 on the CPU, [K, C / groups, kh, kw] once it has that ``shape``; scale: [K] or None.
     """
-
-    def pack(dense: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
-        view = _boundary.view(dense.view(shape))
-        filters = torch.empty(native.delta_filters_bytes_cpu(view, groups), dtype=torch.uint8, device="cpu")
-        finite = native.pack_delta_filters_cpu(
-            view, _boundary.address(scale), _boundary.address(filters), groups, _boundary.threads()
-        )
-        return filters, finite
-
-    return _packed(weight, scale, ("delta", shape, groups), pack)
+    return _packed(
+        weight,
+        scale,
+        ("delta", shape, groups),
+        lambda dense, scale: pack_for_delta(dense.view(shape), scale, groups),
+    )

@@ -12,27 +12,36 @@ from zfcore.ops import _boundary, _change, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import ConvChange, Limits, Places
 
+KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
+SLICE_BYTES = 64 * 2**20
+
 
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as the CPU, or Triton, reads them. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as `reader` reads them, an instruction set of the CPU or
+    "triton"; None where they are packed at each call. finite: whether all are.
     """
 
     weight: torch.Tensor
+    groups: int
     scale: torch.Tensor | None
     packed: torch.Tensor | None
     finite: bool
+    reader: str = ""
 
 
 def _plain_filters(weight, scale, shape, groups):
     finite = bool(weight.isfinite().all()) and (scale is None or bool(scale.isfinite().all()))
-    return DeltaFilters(weight.detach().reshape(shape), scale, None, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite)
 
 
 def _packed_filters(weight, scale, shape, groups):
+    if weight.nbytes > KEPT_BYTES and groups == 1:
+        extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
+        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, bool(extremes.isfinite().all()))
     packed, finite = _filters.for_delta(weight, scale, shape, groups)
-    return DeltaFilters(weight.detach().reshape(shape), scale, packed, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, native.cpu_isa())
 
 
 def _triton_filters(weight, scale, shape, groups):
@@ -41,7 +50,7 @@ def _triton_filters(weight, scale, shape, groups):
     weight = weight.detach().reshape(shape)
     packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
     packed = packed.permute(0, 2, 3, 1).contiguous()  # [K, kh, kw, C / groups]
-    return DeltaFilters(weight, scale, packed, bool(packed.isfinite().all()))
+    return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), "triton")
 
 
 _prepare = choosing(
@@ -64,6 +73,8 @@ def delta_filters(
         shape: [K, C / groups, kh, kw].
         groups: of the channels.
     """
+    if weight.dtype not in _change.DTYPES or 0 in weight.shape:
+        raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
     return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups)
 
 
@@ -72,9 +83,22 @@ def _reference(delta, filters, step, places, clean, out):
     return result if out is None else out.copy_(result)
 
 
+def _by_slices(delta, filters, step, places, clean, out):
+    """As `_cpu`, with filters packed for this call, a slice of the outputs after the other."""
+    out = _change.empty(delta, len(filters.weight), places, out)
+    count = max(1, SLICE_BYTES // filters.weight[0].nbytes) if step.groups == 1 else len(filters.weight)
+    for first in range(0, len(filters.weight), count):
+        own = slice(first, first + count)
+        scale = None if filters.scale is None else filters.scale[own].to(delta.dtype).contiguous()
+        packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, step.groups)
+        some = DeltaFilters(filters.weight[own], step.groups, scale, packed, finite, native.cpu_isa())
+        _cpu(delta, some, step, places, None if clean is None else clean[:, own], out[:, own])
+    return out
+
+
 def _cpu(delta, filters, step, places, clean, out):
-    if filters.packed is None or filters.packed.dtype != torch.uint8:
-        raise ShapeError("filters: they were made ready for another backend")
+    if filters.packed is None or filters.reader != native.cpu_isa():
+        return _by_slices(delta, filters, step, places, clean, out)
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
     clean = None if clean is None else _change.channels_last(clean)
@@ -99,8 +123,8 @@ def _cpu(delta, filters, step, places, clean, out):
 
 def _triton(delta, filters, step, places, clean, out):
     delta, clean = _change.for_triton(delta, clean)
-    if filters.packed is None or filters.packed.dtype != delta.dtype:
-        raise ShapeError("filters: they were made ready for another backend")
+    if filters.reader != "triton":
+        filters = _triton_filters(filters.weight, filters.scale, tuple(filters.weight.shape), step.groups)
     out = _change.empty(delta, len(filters.weight), places, out)
     own = (x.contiguous() for x in places[:3])
     return triton_kernel("conv_delta")(
@@ -140,11 +164,14 @@ def conv_delta(
     """
     _change.check(delta, places, clean)
     k, c, *kernel = filters.weight.shape
-    if c * step.groups != delta.size(1) or k % step.groups or tuple(kernel) != tuple(step.window[0]):
+    fits = c * step.groups == delta.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
+    if not fits or filters.groups != step.groups:
         raise ShapeError(
-            f"filters of {tuple(filters.weight.shape)} in {step.groups} groups and a window of {step.window[0]}: "
-            f"they do not take {delta.size(1)} channels"
+            f"filters of {tuple(filters.weight.shape)} in {filters.groups} groups: they do not take {delta.size(1)} "
+            f"channels in {step.groups} groups and a window of {step.window[0]}"
         )
+    if min(*step.window[1], *step.window[3]) < 1 or 0 in filters.weight.shape:
+        raise ShapeError(f"a window of {step.window} and filters of {tuple(filters.weight.shape)}: expected none of 0")
     if filters.weight.dtype != delta.dtype:
         raise ShapeError(f"filters of {filters.weight.dtype}: expected delta's {delta.dtype}")
     if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):

@@ -4,6 +4,7 @@ These are the definitions that the kernels are tested against, and the fallback 
 """
 
 from zfcore.reference.conv_delta import conv_delta
+from zfcore.reference.conv_strongest import conv_strongest
 from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.lrn_delta import lrn_delta
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
@@ -18,6 +19,7 @@ from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_trans
 
 __all__ = [
     "conv_delta",
+    "conv_strongest",
     "deconv_step",
     "lrn_delta",
     "max_pool2d_with_switches",
