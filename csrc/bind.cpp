@@ -226,7 +226,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_delta_cpu",
         [](const TensorTuple& delta, uintptr_t origin, uintptr_t filters, const std::optional<TensorTuple>& clean,
            uintptr_t image, const TensorTuple& out, uintptr_t out_origin, const Pair& map, const Pair& above,
-           const WindowTuple& conv, int64_t groups, double slope, double upper, int threads) {
+           const WindowTuple& conv, int64_t groups, bool narrow, double slope, double upper, int threads) {
           py::gil_scoped_release release;
           zf::ConvDelta op;
           op.delta = view(delta);
@@ -239,17 +239,18 @@ PYBIND11_MODULE(_C, m) {
           for (int axis = 0; axis < 2; ++axis) op.map[axis] = map[axis], op.above[axis] = above[axis];
           op.conv = window(conv);
           op.groups = groups;
+          op.narrow = narrow;
           op.rectifier = {slope, upper};
           zf::conv_delta_cpu(op, threads);
         });
-  m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups) {
-    return zf::delta_filters_bytes_cpu(view(weight), groups);
+  m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups, bool narrow) {
+    return zf::delta_filters_bytes_cpu(view(weight), groups, narrow);
   });
   m.def("pack_delta_filters_cpu",
-        [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, int64_t groups, int threads) {
+        [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, int64_t groups, bool narrow, int threads) {
           py::gil_scoped_release release;
           return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale),
-                                            reinterpret_cast<void*>(filters), groups, threads);
+                                            reinterpret_cast<void*>(filters), groups, narrow, threads);
         });
   m.def("pool_delta_cpu", [](const ChangeTuple& c, const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;

@@ -42,39 +42,70 @@ constexpr int64_t most_patches = 384;                      // of a group
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Filters [group][block of outputs][tap][channel][width].
+// What a filter, and a value that it is multiplied with, is kept as: a number of type T; or, narrow, two channels' bf16
+// in one word, the first in the lower half.
+template <class T, bool Narrow>
+struct Unit {
+  typedef T type;
+};
 template <class T>
+struct Unit<T, true> {
+  typedef uint32_t type;
+};
+
+inline uint32_t narrow_pair(float first, float second) {
+  bf16 low, high;
+  from_compute(first, &low);
+  from_compute(second, &high);
+  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
+// Filters [group][block of outputs][tap][unit][width].
+template <class T, bool Narrow>
 struct Filters {
+  typedef typename Unit<T, Narrow>::type U;
   static constexpr int64_t width = 2 * Vec<T>::lanes;
-  int64_t groups, outputs, channels, taps;  // outputs and channels of a group
+  int64_t groups, outputs, inputs, window;  // outputs and channels of a group, and taps, as the weight has them
+
+  // Few values under a window: the window is a pixel, its values are channels, and there is one tap.
+  bool by_window = inputs < 16 && inputs * window <= window_values;
+  int64_t channels = by_window ? inputs * window : inputs, taps = by_window ? 1 : window;
+  int64_t units = Narrow ? up(channels, 2) : channels;
   int64_t blocks = up(outputs, width);
 
   Filters(const View& weight, int64_t groups)
-      : groups(groups), outputs(weight.size[0] / groups), channels(weight.size[1]), taps(weight.size[2] * weight.size[3]) {}
-  Filters(int64_t groups, int64_t outputs, int64_t channels, int64_t taps)
-      : groups(groups), outputs(outputs), channels(channels), taps(taps) {}
+      : groups(groups), outputs(weight.size[0] / groups), inputs(weight.size[1]), window(weight.size[2] * weight.size[3]) {}
+  Filters(int64_t groups, int64_t outputs, int64_t inputs, int64_t window)
+      : groups(groups), outputs(outputs), inputs(inputs), window(window) {}
 
-  int64_t block_elements() const { return taps * channels * width; }
-  int64_t bytes() const { return groups * blocks * block_elements() * int64_t(sizeof(T)); }
+  int64_t block_elements() const { return taps * units * width; }
+  int64_t bytes() const { return groups * blocks * block_elements() * int64_t(sizeof(U)); }
 
-  bool pack(const View& weight, const T* scale, T* filters, int threads) const {
+  bool pack(const View& weight, const T* scale, U* filters, int threads) const {
     std::vector<char> finite(size_t(groups * blocks), 1);
     parallel_for(groups * blocks, 65536 / block_elements() + 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block / blocks * outputs + block % blocks * width;
         const int64_t some = std::min(width, outputs - block % blocks * width);
-        T* p = filters + block * block_elements();
+        U* p = filters + block * block_elements();
         T poison = 0;  // NaN once anything is not finite
-        for (int64_t c = 0; c < channels; ++c)
+        for (int64_t unit = 0; unit < units; ++unit)
           for (int64_t i = 0; i < width; ++i) {
-            const T* source = static_cast<const T*>(weight.data) + ((first + i) * channels + c) * taps;
+            const T* source = static_cast<const T*>(weight.data) + (first + i) * inputs * window;
             const T factor = i < some && scale ? scale[first + i] : T(1);
-            T* q = p + c * width + i;
-            for (int64_t t = 0; t < taps; ++t) {
-              const T value = i < some ? source[t] * factor : T(0);
-              q[t * channels * width] = value;
+            const auto at = [&](int64_t channel, int64_t tap) {
+              if (i >= some || channel >= channels) return T(0);
+              const int64_t e = by_window ? channel % inputs * window + channel / inputs : channel * window + tap;
+              const T value = source[e] * factor;
               poison += value * 0;
-            }
+              return value;
+            };
+            U* q = p + unit * width + i;
+            for (int64_t t = 0; t < taps; ++t)
+              if constexpr (Narrow)
+                q[t * units * width] = narrow_pair(at(2 * unit, t), at(2 * unit + 1, t));
+              else
+                q[t * units * width] = at(unit, t);
           }
         finite[size_t(block)] = poison == 0;
       }
@@ -83,38 +114,79 @@ struct Filters {
   }
 };
 
-// Adds to each row's two vectors of sums the products of its values with the listed filters.
-template <class T, int Rows>
-void multiply(const T* filters, const T* value, const int32_t* offset, int64_t count, T* const* sums) {
-  typedef typename Vec<T>::type V;
-  constexpr int lanes = Vec<T>::lanes;
-  V sum[Rows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-    for (int j = 0; j < 2; ++j) sum[r][j] = load_vector(sums[r] + j * lanes);
-  for (int64_t k = 0; k < count; ++k) {
-    const T* f = filters + offset[k];
-    const V f0 = load_vector(f), f1 = load_vector(f + lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const V v = splat(value[k * Rows + r]);
-      sum[r][0] += v * f0;
-      sum[r][1] += v * f1;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-    for (int j = 0; j < 2; ++j) store_vector(sums[r] + j * lanes, sum[r][j]);
+// sum + v * f, of one number or of the two that a word holds.
+template <class T>
+inline typename Vec<T>::type add_product(typename Vec<T>::type sum, T v, typename Vec<T>::type f) {
+  return sum + splat(v) * f;
+}
+typedef uint32_t Words __attribute__((vector_size(ZF_VECTOR_BYTES)));
+inline Vec<float>::type add_product(Vec<float>::type sum, uint32_t v, Words f) {
+  typedef Vec<float>::type V;
+  sum += splat(bits_to_float(v << 16)) * reinterpret_cast<V>(f << 16);
+  return sum + splat(bits_to_float(v & 0xffff0000u)) * reinterpret_cast<V>(f & 0xffff0000u);
+}
+template <class T>
+inline typename Vec<T>::type load_units(const T* p) {
+  return load_vector(p);
+}
+inline Words load_units(const uint32_t* p) {
+  Words words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
 }
 
-template <class T>
-using MultiplyFn = void (*)(const T*, const T*, const int32_t*, int64_t, T* const*);
+// The body of the two functions below: one is compiled for instructions that the rest of this file may not have, and what
+// it calls would not be inlined into a function without them.
+#define ZF_MULTIPLY(add)                                                                            \
+  typedef typename Vec<T>::type V;                                                                  \
+  constexpr int lanes = Vec<T>::lanes;                                                              \
+  V sum[Rows][2];                                                                                   \
+  _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r)                                           \
+    for (int j = 0; j < 2; ++j) sum[r][j] = load_vector(sums[r] + j * lanes);                       \
+  for (int64_t k = 0; k < count; ++k) {                                                             \
+    const U* f = filters + offset[k];                                                               \
+    const auto f0 = load_units(f), f1 = load_units(f + lanes);                                      \
+    _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r) {                                       \
+      const U v = value[k * Rows + r];                                                              \
+      sum[r][0] = add(sum[r][0], v, f0);                                                            \
+      sum[r][1] = add(sum[r][1], v, f1);                                                            \
+    }                                                                                               \
+  }                                                                                                 \
+  _Pragma("GCC unroll 16") for (int r = 0; r < Rows; ++r)                                           \
+    for (int j = 0; j < 2; ++j) store_vector(sums[r] + j * lanes, sum[r][j]);
 
-template <class T, int Rows>
-void fill_multiply(MultiplyFn<T>* by_rows) {
+// Adds to each row's two vectors of sums the products of its values with the listed filters.
+template <class T, class U, int Rows>
+void multiply(const U* filters, const U* value, const int32_t* offset, int64_t count, T* const* sums) {
+  ZF_MULTIPLY(add_product)
+}
+
+#if ZF_VECTOR_BYTES == 64 && defined(__GNUC__) && (__GNUC__ >= 10 || defined(__clang__))
+#define ZF_DOT_BF16 1
+#define ZF_WITH_BF16 __attribute__((target("avx512bf16")))
+// The same by the instruction for it, on CPUs that have it.
+ZF_WITH_BF16 inline Vec<float>::type add_dot(Vec<float>::type sum, uint32_t v, Words f) {
+  return reinterpret_cast<Vec<float>::type>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(int32_t(v)), (__m512bh)f));
+}
+template <class T, class U, int Rows>
+ZF_WITH_BF16 void multiply_bf16(const U* filters, const U* value, const int32_t* offset, int64_t count, T* const* sums) {
+  ZF_MULTIPLY(add_dot)
+}
+#endif
+
+template <class T, class U>
+using MultiplyFn = void (*)(const U*, const U*, const int32_t*, int64_t, T* const*);
+
+template <class T, class U, int Rows>
+void fill_multiply(MultiplyFn<T, U>* by_rows) {
   if constexpr (Rows > 0) {
-    by_rows[Rows] = &multiply<T, Rows>;
-    fill_multiply<T, Rows - 1>(by_rows);
+    by_rows[Rows] = &multiply<T, U, Rows>;
+#if defined(ZF_DOT_BF16)
+    if constexpr (std::is_same<U, uint32_t>::value)
+      if (cpu_features().avx512_bf16) by_rows[Rows] = &multiply_bf16<T, U, Rows>;
+#endif
+    fill_multiply<T, U, Rows - 1>(by_rows);
   }
 }
 
@@ -124,29 +196,28 @@ inline bool counts(T v) {
   return v != T(0);
 }
 
-template <class T>
+template <class T, bool Narrow>
 struct Engine {
   typedef typename Vec<T>::type V;
   typedef typename Vec<T>::mask M;
+  typedef typename Unit<T, Narrow>::type U;
   static constexpr int lanes = Vec<T>::lanes;
-  static constexpr int64_t width = Filters<T>::width;
+  static constexpr int64_t width = Filters<T, Narrow>::width, each = Narrow ? 2 : 1;  // channels of a unit
 
   const ConvDelta& op;
   const Window& conv = op.conv;
   const int64_t group_in = op.delta.c() / op.groups, group_out = op.out.c() / op.groups;
-  // Few values under a window: the window is a pixel.
-  const bool by_window = group_in < 16 && group_in * conv.taps() <= window_values;
-  const int64_t channels = by_window ? group_in * conv.taps() : group_in;  // of a group of a pixel
-  const int64_t taps = by_window ? 1 : conv.taps();
-  const Filters<T> filters{op.groups, group_out, channels, taps};
+  const Filters<T, Narrow> filters{op.groups, group_out, group_in, conv.taps()};
+  const bool by_window = filters.by_window;
+  const int64_t channels = filters.channels, units = filters.units, taps = filters.taps;  // of a group of a pixel
   const int64_t pixels_h = by_window ? op.out.h() : op.delta.h(), pixels_w = by_window ? op.out.w() : op.delta.w();
   const int64_t* const corner = by_window ? op.out_origin : op.origin;
-  const int64_t cuts = up(channels, std::max(int64_t(1), near_bytes / (width * int64_t(sizeof(T)))));
-  const int64_t cut = up(channels, cuts);  // channels whose filters are near at once
+  const int64_t cuts = up(units, std::max(int64_t(1), near_bytes / (width * int64_t(sizeof(U)))));
+  const int64_t cut = up(units, cuts);  // units whose filters are near at once
   const int64_t parts = op.groups * cuts;
   const int64_t places = op.out.h() * op.out.w();
   std::vector<int32_t> reached[2];  // [pixel of the map][tap of the axis]: the output, or -1
-  MultiplyFn<T> by_rows[most_rows + 1] = {};
+  MultiplyFn<T, U> by_rows[most_rows + 1] = {};
 
   struct Tile {
     int32_t y, x, rows;
@@ -162,8 +233,8 @@ struct Engine {
 
   // A thread's memory.
   struct Memory {
-    T* value;
-    int32_t* offset;  // of a listed channel's filter, from the part's first
+    U* value;
+    int32_t* offset;  // of a listed unit's filter, from the part's first
     int64_t* end;     // [tile][part]: where its list ends
     Tile* tile;
     Hit* hit;         // of tap after tap
@@ -173,7 +244,7 @@ struct Engine {
   };
 
   explicit Engine(const ConvDelta& op) : op(op) {
-    fill_multiply<T, most_rows>(by_rows);
+    fill_multiply<T, U, most_rows>(by_rows);
     check();
     for (int axis = 0; axis < 2; ++axis) {
       if (by_window) {
@@ -210,7 +281,7 @@ struct Engine {
 
   int64_t group_size(int threads) const {
     const int64_t count = op.delta.n();
-    const int64_t bytes = pixels_h * pixels_w * channels * op.groups * int64_t(sizeof(T));
+    const int64_t bytes = pixels_h * pixels_w * units * op.groups * int64_t(sizeof(U));
     // As many patches as keep their values near; and no fewer than pay for bringing the filters in, which are then
     // read once for the group.
     int64_t size = std::max(values_bytes / bytes, filters.bytes() / values_bytes);
@@ -237,19 +308,19 @@ struct Engine {
 
   void operator()(int threads) const {
     const int64_t count = op.delta.n(), size = group_size(threads);
-    const int64_t pixels = size * pixels_h * pixels_w, all = channels * op.groups;
-    const int64_t bytes[8] = {rounded((pixels * all + lanes) * int64_t(sizeof(T))), rounded((pixels * all + 16) * 4),
+    const int64_t pixels = size * pixels_h * pixels_w, all = units * op.groups;
+    const int64_t bytes[8] = {rounded((pixels * all + lanes) * int64_t(sizeof(U))), rounded((pixels * all + 16) * 4),
                               rounded(pixels * parts * 8), rounded(pixels * int64_t(sizeof(Tile))),
                               rounded(pixels * hits_of_pixel() * int64_t(sizeof(Hit))), rounded((taps + 1) * 8),
                               rounded(size * places * width * int64_t(sizeof(T))),
-                              rounded(by_window ? most_rows * all * int64_t(sizeof(T)) : 0)};
+                              rounded(by_window ? most_rows * channels * op.groups * int64_t(sizeof(T)) : 0)};
     int64_t total = 0;
     for (int64_t part : bytes) total += part;
     parallel_for(up(count, size), 1, threads, [&](int64_t begin, int64_t end) {
       char* p = static_cast<char*>(thread_scratch(0, total));
       char* at[8];
       for (int i = 0; i < 8; ++i) at[i] = p, p += bytes[i];
-      const Memory memory{reinterpret_cast<T*>(at[0]),       reinterpret_cast<int32_t*>(at[1]),
+      const Memory memory{reinterpret_cast<U*>(at[0]),       reinterpret_cast<int32_t*>(at[1]),
                           reinterpret_cast<int64_t*>(at[2]), reinterpret_cast<Tile*>(at[3]),
                           reinterpret_cast<Hit*>(at[4]),     reinterpret_cast<int64_t*>(at[5]),
                           reinterpret_cast<T*>(at[6]),       reinterpret_cast<T*>(at[7])};
@@ -348,29 +419,35 @@ struct Engine {
     }
     for (int64_t group = 0; group < op.groups; ++group)
       for (int64_t piece = 0; piece < cuts; ++piece) {
-        const int64_t begin = group * channels + piece * cut;
-        const int64_t stop = group * channels + std::min((piece + 1) * cut, channels);
+        const int64_t begin = group * channels + piece * cut * each;
+        const int64_t stop = group * channels + std::min((piece + 1) * cut * each, channels);
         int32_t* const list = memory.offset + *listed;
         int64_t found = 0, c = begin;
         for (; c + lanes <= stop; c += lanes) {
           M changed{};
           for (int r = 0; r < tile.rows; ++r) changed |= load_vector(row[r] + c) != V{};
-          for (int i = 0; i < lanes; ++i) {
+          for (int64_t i = 0; i < lanes; i += each) {
             list[found] = int32_t(c + i);
-            found += changed[i] != 0;
+            found += (changed[i] | changed[i + each - 1]) != 0;
           }
         }
-        for (; c < stop; ++c) {
+        for (; c < stop; c += each) {
           bool changed = false;
-          for (int r = 0; r < tile.rows; ++r) changed |= counts(row[r][c]);
+          for (int r = 0; r < tile.rows; ++r)
+            for (int64_t i = c; i < std::min(c + each, stop); ++i) changed |= counts(row[r][i]);
           list[found] = int32_t(c);
           found += changed;
         }
-        T* value = memory.value + *packed;
+        U* value = memory.value + *packed;
         for (int64_t k = 0; k < found; ++k) {
           const int64_t channel = list[k];
-          for (int r = 0; r < tile.rows; ++r) value[k * tile.rows + r] = row[r][channel];
-          list[k] = int32_t((channel - begin) * width);
+          for (int r = 0; r < tile.rows; ++r)
+            if constexpr (Narrow)
+              value[k * tile.rows + r] =
+                  narrow_pair(row[r][channel], channel + 1 < stop ? row[r][channel + 1] : T(0));
+            else
+              value[k * tile.rows + r] = row[r][channel];
+          list[k] = int32_t((channel - begin) / each * width);
         }
         *listed += found;
         *packed += found * tile.rows;
@@ -393,13 +470,13 @@ struct Engine {
   }
 
   void accumulate(int64_t group, int64_t block, const Memory& memory) const {
-    const T* const near = static_cast<const T*>(op.filters) + (group * filters.blocks + block) * filters.block_elements();
+    const U* const near = static_cast<const U*>(op.filters) + (group * filters.blocks + block) * filters.block_elements();
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t piece = 0; piece < cuts; ++piece) {
         const int64_t p = group * cuts + piece, count = memory.hits[tap + 1] - memory.hits[tap];
-        const T* const part = near + (tap * channels + piece * cut) * width;
+        const U* const part = near + (tap * units + piece * cut) * width;
         const char* next = reinterpret_cast<const char*>(part + cut * width);  // what is needed after this part
-        const int64_t slice = up(cut * width * int64_t(sizeof(T)), std::max(count, int64_t(1)) * 64) * 64;
+        const int64_t slice = up(cut * width * int64_t(sizeof(U)), std::max(count, int64_t(1)) * 64) * 64;
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t byte = 0; byte < slice; byte += 64, next += 64) __builtin_prefetch(next, 0, 2);
           const Hit& hit = memory.hit[memory.hits[tap] + i];
@@ -438,25 +515,37 @@ struct Engine {
 
 void conv_delta(const ConvDelta& op, int threads) {
   if (op.out.numel() == 0) return;
-  if (op.delta.dtype == DType::f64) {
-    const Engine<double> engine(op);
-    engine(threads);
-  } else {
-    const Engine<float> engine(op);
-    engine(threads);
-  }
+  const auto run = [&](const auto& engine) { engine(threads); };
+  if (op.delta.dtype == DType::f64)
+    run(Engine<double, false>(op));
+  else if (op.narrow)
+    run(Engine<float, true>(op));
+  else
+    run(Engine<float, false>(op));
 }
 
-int64_t delta_filters_bytes(const View& weight, int64_t groups) {
-  return weight.dtype == DType::f64 ? Filters<double>(weight, groups).bytes() : Filters<float>(weight, groups).bytes();
+namespace {
+
+// Calls f with the filters of a weight, and a null pointer of what they are made of.
+template <class F>
+auto with_filters(const View& weight, int64_t groups, bool narrow, const F& f) {
+  if (weight.dtype == DType::f64) return f(Filters<double, false>(weight, groups), static_cast<double*>(nullptr));
+  if (narrow) return f(Filters<float, true>(weight, groups), static_cast<float*>(nullptr));
+  return f(Filters<float, false>(weight, groups), static_cast<float*>(nullptr));
 }
 
-bool pack_delta_filters(const View& weight, const void* scale, void* filters, int64_t groups, int threads) {
-  if (weight.dtype == DType::f64)
-    return Filters<double>(weight, groups)
-        .pack(weight, static_cast<const double*>(scale), static_cast<double*>(filters), threads);
-  return Filters<float>(weight, groups)
-      .pack(weight, static_cast<const float*>(scale), static_cast<float*>(filters), threads);
+}  // namespace
+
+int64_t delta_filters_bytes(const View& weight, int64_t groups, bool narrow) {
+  return with_filters(weight, groups, narrow, [](const auto& filters, auto*) { return filters.bytes(); });
+}
+
+bool pack_delta_filters(const View& weight, const void* scale, void* filters, int64_t groups, bool narrow, int threads) {
+  return with_filters(weight, groups, narrow, [&](const auto& packing, auto* type) {
+    typedef typename Pointee<decltype(type)>::type T;
+    typedef typename std::decay<decltype(packing)>::type::U U;
+    return packing.pack(weight, static_cast<const T*>(scale), static_cast<U*>(filters), threads);
+  });
 }
 
 }  // namespace ZF_ISA

@@ -26,6 +26,7 @@ struct ConvDelta {
   int64_t above[2] = {0, 0};            // the size of the map that out is about
   Window conv{};
   int64_t groups = 1;
+  bool narrow = false;                  // values and filters are rounded to bf16, float only; sums are not
   Rectifier rectifier{0, 0};
 };
 
@@ -33,8 +34,9 @@ struct ConvDelta {
 void conv_delta_cpu(const ConvDelta& op, int threads);
 
 // The filters as the kernel of the active instruction set reads them: their bytes for this weight, and the packing,
-// with output k times scale[k] (null: one) of the weight's type. The packing tells whether all of them are finite.
-int64_t delta_filters_bytes_cpu(const View& weight, int64_t groups);
-bool pack_delta_filters_cpu(const View& weight, const void* scale, void* filters, int64_t groups, int threads);
+// with output k times scale[k] (null: one) of the weight's type; `narrow` as of the op. The packing tells whether all of them are finite.
+int64_t delta_filters_bytes_cpu(const View& weight, int64_t groups, bool narrow);
+bool pack_delta_filters_cpu(const View& weight, const void* scale, void* filters, int64_t groups, bool narrow,
+                            int threads);
 
 }  // namespace zf

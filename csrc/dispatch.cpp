@@ -114,12 +114,13 @@ int64_t unpool_relu_conv_transpose2d_cpu(const View& y, const View& switches, co
 
 void conv_delta_cpu(const ConvDelta& op, int threads) { ZF_DISPATCH(conv_delta(op, threads)) }
 
-int64_t delta_filters_bytes_cpu(const View& weight, int64_t groups) {
-  ZF_DISPATCH(delta_filters_bytes(weight, groups))
+int64_t delta_filters_bytes_cpu(const View& weight, int64_t groups, bool narrow) {
+  ZF_DISPATCH(delta_filters_bytes(weight, groups, narrow))
 }
 
-bool pack_delta_filters_cpu(const View& weight, const void* scale, void* filters, int64_t groups, int threads) {
-  ZF_DISPATCH(pack_delta_filters(weight, scale, filters, groups, threads))
+bool pack_delta_filters_cpu(const View& weight, const void* scale, void* filters, int64_t groups, bool narrow,
+                            int threads) {
+  ZF_DISPATCH(pack_delta_filters(weight, scale, filters, groups, narrow, threads))
 }
 
 void pool_delta_cpu(const Change& change, const Window& pool, int threads) {

@@ -17,8 +17,8 @@
   int64_t unpool_relu_conv_transpose2d(const View&, const View&, const View&, const View&, const int64_t[2],         \
                                        const Window&, const Window&, int64_t, Overlap, int);                         \
   void conv_delta(const ConvDelta&, int);                                                                            \
-  int64_t delta_filters_bytes(const View&, int64_t);                                                                 \
-  bool pack_delta_filters(const View&, const void*, void*, int64_t, int);                                            \
+  int64_t delta_filters_bytes(const View&, int64_t, bool);                                                           \
+  bool pack_delta_filters(const View&, const void*, void*, int64_t, bool, int);                                      \
   void pool_delta(const Change&, const Window&, int);                                                                \
   void lrn_delta(const Change&, const Lrn&, int);                                                                    \
   void relu_delta(const Change&, const Rectifier&, int);                                                             \

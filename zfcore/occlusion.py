@@ -24,6 +24,7 @@ from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts
 from zfcore.engine.sweep import Sweep, sweeps
 from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation
 from zfcore.network import evaluating, exact_arithmetic, observing, read_network
+from zfcore.ops.conv_delta import narrow_pays
 
 __all__ = ["Occlusion", "occlusion_map"]
 
@@ -153,7 +154,7 @@ def occlusion_map(
                 times) or a module; the unit is an int, one int for each image, or None for each
                 image's own strongest map on the clean image.
     precision:  "exact" (the parameters' own dtype, fp32 for most; autocast and TF32 are off for the call) or
-                "bf16" (convolutions and matrix products read bf16 and accumulate in fp32).
+                "bf16" (convolutions and matrix products may read bf16, and accumulate in fp32: where that is faster).
     mode:       "exact": every position is measured. "adaptive", which is approximate: positions half a box apart,
                 and all positions of every cell of that coarse grid at whose corners an answer differs; the rest is
                 interpolated, and `error` says how far off that was at a sample of it.
@@ -204,7 +205,8 @@ def occlusion_map(
         stack.enter_context(evaluating(model))
         known = count * len(grid) if mode == "exact" else 0
         bar = stack.enter_context(tqdm(total=known, unit="box", desc="occlusion", disable=not progress))
-        sweep = _sweep(model, images, grid, totals, batch_size, strict)
+        narrow = precision == "bf16"
+        sweep = _sweep(model, images, grid, totals, batch_size, strict, narrow)
         # What is left for forwards: images, and positions of others.
         left, again = torch.arange(count, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if sweep is not None:
@@ -213,7 +215,6 @@ def occlusion_map(
                 _measure(changes, chosen, measured, bar, known=mode == "exact")
             left, again = changes.left()
         if len(left) or len(again) or not count:
-            narrow = precision == "bf16"
             stack.enter_context(
                 torch.autocast(device.type, dtype=torch.bfloat16) if narrow else exact_arithmetic(device)
             )
@@ -278,6 +279,7 @@ def _sweep(
     totals: FeatureTotals | None,
     batch_size: int | None,
     strict: bool,
+    narrow: bool,
 ) -> Sweep | None:
     """The engine for this network and grid, or None where plain forwards are to be run."""
     try:
@@ -292,7 +294,9 @@ def _sweep(
         return None
     if not sweeps(images):
         return None
-    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, images.device)
+    device = images.device
+    narrow = narrow and narrow_pays(device)
+    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, device, narrow)
     return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
 
 

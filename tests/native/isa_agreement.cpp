@@ -553,6 +553,7 @@ void conv_delta_case(int index, const Kernels& isa) {
   for (int64_t i = 0; i < 2 * b; ++i)
     at.corner.push_back(std::min(first[size_t(i)], op.above[i % 2] - reach[i % 2]));
 
+  op.narrow = dtype == DType::f32 && random.one_in(3);
   const bool at_end = !random.one_in(4);
   const int threads = random.one_in(16) ? 3 : 1;
   const Values values = random.one_in(8) ? Values::special : random.one_in(4) ? Values::ties : Values::smooth;
@@ -574,15 +575,16 @@ void conv_delta_case(int index, const Kernels& isa) {
   op.origin = at.origin.data(), op.out_origin = at.corner.data(), op.image = at.image.data();
   announce(index, dtype,
            " conv_delta batch " + std::to_string(b) + " groups " + std::to_string(op.groups) +
-               describe("channels", c / op.groups, k / op.groups) + describe("map", op.map[0], op.map[1]) +
+               (op.narrow ? " narrow" : "") + describe("channels", c / op.groups, k / op.groups) + describe("map", op.map[0], op.map[1]) +
                describe("patch", size[0], size[1]) + describe("result", reach[0], reach[1]) + describe("conv", op.conv) +
                " values " + std::to_string(int(values)));
   const Layout out_layout = layouts[random.below(3)];
   const Map g0(dtype, outs, out_layout, at_end), g1(dtype, outs, out_layout, at_end);
   const Map z0(dtype, outs, out_layout, at_end), z1(dtype, outs, out_layout, at_end);
   const auto apply = [&](const Map& change, const Map& out, auto bytes, auto pack, auto run) {
-    const Pages filters(bytes(weight.view(), op.groups), true);
-    const bool finite = pack(weight.view(), scaled ? scale.view().data : nullptr, filters.used(), op.groups, threads);
+    const Pages filters(bytes(weight.view(), op.groups, op.narrow), true);
+    const bool finite = pack(weight.view(), scaled ? scale.view().data : nullptr, filters.used(), op.groups,
+                             op.narrow, threads);
     if (!finite) return false;
     op.filters = filters.used();
     op.clean.data = nullptr;

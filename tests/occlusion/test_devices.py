@@ -47,7 +47,7 @@ class Branches(nn.Module):
 def shapes_only(monkeypatch):
     """The ops give memory without values; whatever mixes devices is refused by torch."""
 
-    def filters(weight, scale, shape, groups):
+    def filters(weight, scale, shape, groups, narrow):
         assert scale is None or scale.device == weight.device
         return DeltaFilters(weight.reshape(shape), groups, scale, None, True)
 

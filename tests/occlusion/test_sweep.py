@@ -625,3 +625,14 @@ def test_under_inference_mode(engine):
     with torch.inference_mode():
         o = occlusion_map(model, images.clone(), box=7, stride=5)
     assert len(engine) == 2 and torch.equal(o.scores, want.scores) and not o.scores.is_inference()
+
+
+@pytest.mark.parametrize("name", ["dense", "branches", "full layers", "depthwise separable"])
+def test_narrow_products_are_close(name, engine, monkeypatch):
+    """As on a CPU that multiplies bf16 in pairs; what has none unpacks them."""
+    monkeypatch.setattr("zfcore.occlusion.narrow_pays", lambda device: True)
+    model, images = build(name), pictures(2)
+    exact = occlusion_map(model, images, box=9, stride=7, score="logit")
+    narrow = occlusion_map(model, images, box=9, stride=7, score="logit", precision="bf16")
+    assert engine and close(narrow.scores, exact.scores, 2e-2)
+    assert not torch.equal(narrow.scores, exact.scores) and torch.equal(narrow.clean, exact.clean)

@@ -96,7 +96,7 @@ def sample_of(delta, weight, step, places, clean=None, scale=None) -> Sample:
         d, w, z, s = (cast(x, dtype) for x in (sample.delta, weight, clean, scale))
         return reference.conv_delta(d, w, step, sample.places, z, s)
 
-    call.weight, call.clean, call.scale = weight, clean, scale
+    call.weight, call.clean, call.scale, call.step = weight, clean, scale, step
     return Sample(delta, places, call)
 
 
@@ -125,6 +125,33 @@ def test_every_backend_and_instruction_set_equals_the_definition(name):
     with running_on(name):
         for seed in range(10000, 10040):
             agrees(draw(seed))
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().double()
+
+
+@pytest.mark.parametrize("name", present())
+def test_narrow_filters_round_to_bf16_and_sum_in_float32(name):
+    with running_on(name):
+        drawn = [draw(seed) for seed in range(20000, 20080)]
+        for sample in drawn:
+            weight, clean, scale = sample.call.weight, sample.call.clean, sample.call.scale
+            if sample.delta.dtype != torch.float32 or not sample.delta.isfinite().all():
+                continue
+            step = sample.call.step
+            filters = delta_filters(weight, scale, groups=step.groups, narrow=True)
+            ours = conv_delta(sample.delta, filters, step, sample.places, clean)
+            scaled = weight if scale is None else weight * scale[:, None, None, None]
+            clean = None if clean is None else clean.double()
+            wanted = reference.conv_delta(rounded(sample.delta), rounded(scaled), step, sample.places, clean)
+            close(ours, wanted, torch.float32, about(sample))
+        assert sum(sample.delta.dtype == torch.float32 for sample in drawn) > 30
+
+
+def test_narrow_filters_of_another_dtype_are_refused():
+    with pytest.raises(DtypeError, match="expected float32 to be rounded"):
+        delta_filters(torch.randn(3, 2, 1, 1, dtype=torch.float64), narrow=True)
 
 
 def test_the_samples_reach_what_they_should():

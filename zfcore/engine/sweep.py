@@ -139,7 +139,8 @@ class Sweep:
     """A network made ready for one grid of boxes.
 
     network: read up to its output. feature: a stage of it whose changes are asked for, or None. y, x: the boxes' spans
-    [begin, end) in pixels. dtype: float32 or float64. device: of the network and the images.
+    [begin, end) in pixels. dtype: float32 or float64. device: of the network and the images. narrow: products read bf16
+    and sum in float32.
     """
 
     def __init__(
@@ -151,10 +152,11 @@ class Sweep:
         dtype: torch.dtype,
         batch_size: int | None,
         device: torch.device = torch.device("cpu"),
+        narrow: bool = False,
     ):
         self.network, self.feature, self.dtype, self.device = network, feature, dtype, device
         self.picture, self.output = network.stages[0], network.layer
-        self.boxes = y, x
+        self.boxes, self.narrow = (y, x), narrow
         self.readers = network.consumers()
         self.rects = {self.picture: Rects.fitted(list(y), list(x), self.picture.shape[1:])}
         self.steps: list[_Step] = []
@@ -267,7 +269,7 @@ class Sweep:
             macs=pairs * shape[1] * wide,
             plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             before=before,
-            filters=delta_filters(weight, scale, shape, groups),
+            filters=delta_filters(weight, scale, shape, groups, self.narrow),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),
         )
 

@@ -72,27 +72,28 @@ def for_deconv(weight: torch.Tensor, scale: torch.Tensor | None, conv: tuple, gr
 
 
 def pack_for_delta(
-    weight: torch.Tensor, scale: torch.Tensor | None, groups: int
+    weight: torch.Tensor, scale: torch.Tensor | None, groups: int, narrow: bool
 ) -> tuple[torch.Tensor, bool]:
     """As `for_delta`, packed for this call; weight: [K, C / groups, kh, kw] and scale, contiguous."""
     view = _boundary.view(weight)
-    filters = torch.empty(native.delta_filters_bytes_cpu(view, groups), dtype=torch.uint8, device="cpu")
+    filters = torch.empty(native.delta_filters_bytes_cpu(view, groups, narrow), dtype=torch.uint8, device="cpu")
     finite = native.pack_delta_filters_cpu(
-        view, _boundary.address(scale), _boundary.address(filters), groups, _boundary.threads()
+        view, _boundary.address(scale), _boundary.address(filters), groups, narrow, _boundary.threads()
     )
     return filters, finite
 
 
 def for_delta(
-    weight: torch.Tensor, scale: torch.Tensor | None, shape: tuple, groups: int
+    weight: torch.Tensor, scale: torch.Tensor | None, shape: tuple, groups: int, narrow: bool
 ) -> tuple[torch.Tensor, bool]:
     """What ``conv_delta`` reads, and whether all of it is finite.
 
     weight: float32 or float64 on the CPU, [K, C / groups, kh, kw] once it has that ``shape``; scale: [K] or None.
+    narrow: rounded to bf16, float32 only.
     """
     return _packed(
         weight,
         scale,
-        ("delta", shape, groups),
-        lambda dense, scale: pack_for_delta(dense.view(shape), scale, groups),
+        ("delta", shape, groups, narrow),
+        lambda dense, scale: pack_for_delta(dense.view(shape), scale, groups, narrow),
     )

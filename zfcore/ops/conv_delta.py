@@ -19,8 +19,9 @@ SLICE_BYTES = 64 * 2**20
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. packed: as `reader` reads them, an instruction set of the CPU or
-    "triton"; None where they are packed at each call. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. narrow: whether they, and the changes that they meet, are
+    rounded to bf16. packed: as `reader` reads them, an instruction set of the CPU or "triton"; None where they are packed
+    at each call. finite: whether all are.
     """
 
     weight: torch.Tensor
@@ -28,29 +29,40 @@ class DeltaFilters(NamedTuple):
     scale: torch.Tensor | None
     packed: torch.Tensor | None
     finite: bool
+    narrow: bool = False
     reader: str = ""
 
 
-def _plain_filters(weight, scale, shape, groups):
+def narrow_pays(device: torch.device) -> bool:
+    """Whether products of bf16 are faster there than those of float32."""
+    return device.type == "cpu" and native is not None and _has_narrow_products()
+
+
+def _has_narrow_products() -> bool:
+    return native.cpu_isa() == "avx512" and native.cpu_features()["avx512_bf16"]
+
+
+def _plain_filters(weight, scale, shape, groups, narrow):
     finite = bool(weight.isfinite().all()) and (scale is None or bool(scale.isfinite().all()))
-    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, narrow)
 
 
-def _packed_filters(weight, scale, shape, groups):
+def _packed_filters(weight, scale, shape, groups, narrow):
     if weight.nbytes > KEPT_BYTES and groups == 1:
         extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
-        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, bool(extremes.isfinite().all()))
-    packed, finite = _filters.for_delta(weight, scale, shape, groups)
-    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, native.cpu_isa())
+        finite = bool(extremes.isfinite().all())
+        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, narrow)
+    packed, finite = _filters.for_delta(weight, scale, shape, groups, narrow)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, narrow, native.cpu_isa())
 
 
-def _triton_filters(weight, scale, shape, groups):
+def _triton_filters(weight, scale, shape, groups, narrow):
     if weight.dtype != torch.float32:
         raise DtypeError(f"weight of {weight.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
     weight = weight.detach().reshape(shape)
     packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
     packed = packed.permute(0, 2, 3, 1).contiguous()  # [K, kh, kw, C / groups]
-    return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), "triton")
+    return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), narrow, "triton")
 
 
 _prepare = choosing(
@@ -63,6 +75,7 @@ def delta_filters(
     scale: torch.Tensor | None = None,
     shape: tuple[int, int, int, int] | None = None,
     groups: int = 1,
+    narrow: bool = False,
 ) -> DeltaFilters:
     """The filters for ``conv_delta``, on the backend that is chosen now; their packing is kept while the weight lives.
 
@@ -72,14 +85,21 @@ def delta_filters(
         scale: [K], multiplies what each filter gives; None for one.
         shape: [K, C / groups, kh, kw].
         groups: of the channels.
+        narrow: round them, and the changes that they meet, to bf16; float32 only. Sums stay in float32.
     """
     if weight.dtype not in _change.DTYPES or 0 in weight.shape:
         raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
-    return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups)
+    if narrow and weight.dtype != torch.float32:
+        raise DtypeError(f"weight of {weight.dtype}: expected float32 to be rounded to bf16")
+    return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups, narrow)
 
 
 def _reference(delta, filters, step, places, clean, out):
-    result = reference.conv_delta(delta, filters.weight, step, places, clean, filters.scale)
+    weight, scale = filters.weight, filters.scale
+    if filters.narrow:
+        weight = weight if scale is None else weight * scale[:, None, None, None]
+        weight, scale, delta = weight.bfloat16().to(delta.dtype), None, delta.bfloat16().to(delta.dtype)
+    result = reference.conv_delta(delta, weight, step, places, clean, scale)
     return result if out is None else out.copy_(result)
 
 
@@ -90,8 +110,12 @@ def _by_slices(delta, filters, step, places, clean, out):
     for first in range(0, len(filters.weight), count):
         own = slice(first, first + count)
         scale = None if filters.scale is None else filters.scale[own].to(delta.dtype).contiguous()
-        packed, finite = _filters.pack_for_delta(filters.weight[own].contiguous(), scale, step.groups)
-        some = DeltaFilters(filters.weight[own], step.groups, scale, packed, finite, native.cpu_isa())
+        packed, finite = _filters.pack_for_delta(
+            filters.weight[own].contiguous(), scale, step.groups, filters.narrow
+        )
+        some = filters._replace(
+            weight=filters.weight[own], scale=scale, packed=packed, finite=finite, reader=native.cpu_isa()
+        )
         _cpu(delta, some, step, places, None if clean is None else clean[:, own], out[:, own])
     return out
 
@@ -115,6 +139,7 @@ def _cpu(delta, filters, step, places, clean, out):
         tuple(step.above),
         tuple(map(tuple, step.window)),
         step.groups,
+        filters.narrow,
         *step.rectifier,
         _boundary.threads(),
     )
@@ -124,7 +149,7 @@ def _cpu(delta, filters, step, places, clean, out):
 def _triton(delta, filters, step, places, clean, out):
     delta, clean = _change.for_triton(delta, clean)
     if filters.reader != "triton":
-        filters = _triton_filters(filters.weight, filters.scale, tuple(filters.weight.shape), step.groups)
+        filters = _triton_filters(filters.weight, filters.scale, tuple(filters.weight.shape), filters.groups, filters.narrow)
     out = _change.empty(delta, len(filters.weight), places, out)
     own = (x.contiguous() for x in places[:3])
     return triton_kernel("conv_delta")(
