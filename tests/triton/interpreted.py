@@ -186,6 +186,15 @@ def halves():
         assert_close(out, case.expected(), (seed, dtype))
 
 
+    for seed in (41, 43, 47):  # the op asked to round to bf16
+        case = draw(seed)
+        filters = delta_filters(case.weight, case.scale, groups=case.step.groups, narrow=True)
+        got = conv_delta(case.delta, filters, case.step, case.places, case.clean)
+        with use_backend("reference"):
+            expected = conv_delta(case.delta, filters, case.step, case.places, case.clean)
+        assert_close(got, expected.double(), (seed, "narrow"))
+
+
 def others():
     """pool_delta, lrn_delta and relu_delta."""
     for seed in range(12):
