@@ -19,6 +19,7 @@
 #include "lrn_delta.h"
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
+#include "paste_boxes.h"
 #include "pool_delta.h"
 #include "relu_delta.h"
 #include "strongest.h"
@@ -73,6 +74,20 @@ zf::Change change(const ChangeTuple& t) {
   c.origin = reinterpret_cast<const int64_t*>(std::get<5>(t));
   c.out_origin = reinterpret_cast<const int64_t*>(std::get<6>(t));
   return c;
+}
+
+// images, fill, out; image, origin, boxes.
+using PasteTuple = std::tuple<TensorTuple, TensorTuple, TensorTuple, uintptr_t, uintptr_t, uintptr_t>;
+
+zf::PasteBoxes paste(const PasteTuple& t) {
+  zf::PasteBoxes op;
+  op.images = view(std::get<0>(t));
+  op.fill = view(std::get<1>(t));
+  op.out = view(std::get<2>(t));
+  op.image = reinterpret_cast<const int64_t*>(std::get<3>(t));
+  op.origin = reinterpret_cast<const int64_t*>(std::get<4>(t));
+  op.boxes = reinterpret_cast<const int64_t*>(std::get<5>(t));
+  return op;
 }
 
 zf::Overlap overlap(bool last) { return last ? zf::Overlap::last : zf::Overlap::sum; }
@@ -249,6 +264,10 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     zf::relu_delta_cpu(change(c), {slope, upper}, threads);
   });
+  m.def("paste_boxes_cpu", [](const PasteTuple& op, int threads) {
+    py::gil_scoped_release release;
+    zf::paste_boxes_cpu(paste(op), threads);
+  });
   m.def("hash_bytes", [](uintptr_t data, int64_t bytes, int threads) {
     py::gil_scoped_release release;
     return zf::hash_bytes(reinterpret_cast<const void*>(data), bytes, threads);
@@ -274,6 +293,10 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     zf::pool_gather2d_cuda(view(x), view(switches), view(out), window(pool), overlap(overlap_last),
                            reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
+  });
+  m.def("paste_boxes_cuda", [](const PasteTuple& op, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    zf::paste_boxes_cuda(paste(op), device, reinterpret_cast<void*>(stream));
   });
 #endif
 }

@@ -6,6 +6,7 @@
 #include "conv_strongest.h"
 #include "deconv_step.h"
 #include "lrn_delta.h"
+#include "paste_boxes.h"
 #include "view.h"
 
 #define ZF_DECLARE_KERNELS(isa)                                                                                      \
@@ -21,6 +22,7 @@
   void pool_delta(const Change&, const Window&, int);                                                                \
   void lrn_delta(const Change&, const Lrn&, int);                                                                    \
   void relu_delta(const Change&, const Rectifier&, int);                                                             \
+  void paste_boxes(const PasteBoxes&, int);                                                                          \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
   void conv_strongest(const ConvStrongest&, int);                                                                    \
   void deconv_step(const DeconvStep&, int);                                                                          \

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import oracle
 import samples
 import torch
 from driver import Output
 from zfcore import reference
+from zfcore.reference._params import Places
 
 # The windows that kernels are compiled for, with the paddings that they allow.
 KNOWN = [((3, 3), (2, 2), (p, q)) for p, q in ((0, 0), (1, 1), (0, 1))] + [
@@ -67,6 +69,38 @@ def result_layout(sample) -> str:
 def unpooled_sizes(sample):
     """Sizes that the sample's pooled map unpools to: its own and the smallest."""
     return sorted({sample.size[2:], sample.smallest})
+
+
+def pasted(seed, dtype, layout, patch=None):
+    """Pictures, fill, boxes and places: boxes reach past their patches, and past the pictures."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    images, channels, size = rng.randint(1, 3), rng.choice([1, 2, 3, 4, 8]), (rng.randint(4, 20), rng.randint(4, 20))
+    pictures = samples.lay_out(samples.draw((images, channels, *size), dtype, "special", generator), layout)
+    fill = torch.randn((images, channels, *size), generator=generator).to(dtype)
+    if seed % 2:
+        fill = fill[:, :, :1, :1].expand(fill.shape)
+    patch = patch or (rng.randint(1, size[0]), rng.randint(1, size[1]))
+    count = rng.choice([1, 2, 7])
+    origin = torch.tensor([[rng.randint(0, max(0, n - m)) for n, m in zip(size, patch)] for _ in range(count)])
+    first = torch.tensor([[rng.randint(-3, n + 1) for n in size] for _ in range(count)])
+    boxes = torch.cat((first, first + torch.randint(0, 12, (count, 2), generator=generator)), 1)
+    image = torch.randint(0, images, (count,), generator=generator)
+    return pictures, fill, boxes, Places(image, origin, origin, patch)
+
+
+def check_paste(driver, pictures, fill, boxes, places, layout):
+    """layout: of the result, as `strides_of` has it, or "dense" for one that takes 16 bytes at a time."""
+    expected = reference.paste_boxes(pictures, fill, boxes, places)
+    b, c, h, w = shape = expected.shape
+    strides = {"dense": (c * h * w, 1, w * c, c), "gaps": ((c + 1) * (h + 1) * w, 1, w * (c + 1), c + 1)}.get(layout)
+    reports = set()
+    for backwards in (False, True):
+        out = Output(shape, pictures.dtype, strides or strides_of(shape, layout))
+        indices = [x.contiguous() for x in (places.image, places.origin, boxes)]
+        reports.add(driver.paste_boxes(pictures, fill, out.tensor, *indices, backwards))
+        assert oracle.same(out.check(), expected), (shape, layout)
+    (report,) = reports
+    return report
 
 
 def check_pool(driver, sample):

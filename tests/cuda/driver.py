@@ -143,6 +143,14 @@ class Driver:
         last = int(overlap == "last")
         return self._call(function, *views, ctypes.byref(window(pool)), *extra, last, flag, int(backwards))
 
+    def paste_boxes(self, images, fill, out, image, origin, boxes, backwards=False) -> Report:
+        return self.paste_views(view(images), view(fill), view(out), image, origin, boxes, backwards)
+
+    def paste_views(self, images, fill, out, image, origin, boxes, backwards=False) -> Report:
+        views = map(ctypes.byref, (images, fill, out))
+        indices = [ctypes.c_void_p(t.data_ptr()) for t in (image, origin, boxes)]
+        return self._call(self.library.paste_boxes, *views, *indices, int(backwards))
+
     def divide(self, divisor: int, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quotients and remainders; numbers are uint32 in an int64 tensor."""
         narrow = numbers.to(torch.int32).contiguous()

@@ -7,6 +7,7 @@
 #include <exception>
 
 #include "max_pool2d_with_switches.cuh"
+#include "paste_boxes.cuh"
 #include "unpool_relu2d.cuh"
 
 namespace {
@@ -45,6 +46,10 @@ void describe(const zf::gpu::PoolGather<S, I, L, Last>&, Report* report) {
 }
 template <class I>
 void describe(const zf::gpu::FindBadSwitch<I>&, Report*) {}
+template <class S, class L>
+void describe(const zf::gpu::PasteBox<S, L>&, Report* report) {
+  describe<int64_t, zf::gpu::AnyWindow<int64_t>, L>(report);
+}
 
 // A launcher that takes blocks and threads from the last to the first when `backwards`: no result may depend
 // on it.
@@ -98,6 +103,13 @@ int pool_gather2d(const zf::View* x, const zf::View* switches, const zf::View* o
   return guarded(report, [&] {
     const zf::Overlap overlap = last ? zf::Overlap::last : zf::Overlap::sum;
     zf::gpu::pool_gather2d(*x, *switches, *out, *pool, overlap, bad, launcher(backwards, report));
+  });
+}
+
+int paste_boxes(const zf::View* images, const zf::View* fill, const zf::View* out, const int64_t* image,
+                const int64_t* origin, const int64_t* boxes, int backwards, Report* report) {
+  return guarded(report, [&] {
+    zf::gpu::paste_boxes({*images, *fill, *out, image, origin, boxes}, launcher(backwards, report));
   });
 }
 

@@ -29,4 +29,7 @@ for sample in [*samples.table(150, seed=7), *cases.known_samples()]:
     cases.check_gather(driver, sample, sample.overlap)
     for size in cases.unpooled_sizes(sample):
         cases.check_unpool(driver, sample, size, True, sample.overlap)
+for seed in range(60):
+    dtype, layout = samples.DTYPES[seed % len(samples.DTYPES)], samples.LAYOUTS[seed % len(samples.LAYOUTS)]
+    cases.check_paste(driver, *cases.pasted(seed, dtype, layout), ("dense", "gaps", "contiguous")[seed % 3])
 print("clean")

@@ -11,12 +11,14 @@ import mmap
 import random
 
 import cases
+import driver as host_driver
 import numpy as np
 import oracle
 import pytest
 import samples
 import torch
 from driver import Output
+from zfcore.reference._params import Places
 
 SAMPLES = 40  # of each dtype and layout: 4 x 8 x 40 = 1,280 an op
 
@@ -449,3 +451,62 @@ def test_half_types_convert_as_torch_does(driver, dtype):
     for bits in (ulp - 1, ulp, ulp + 1, random_bits):
         numbers = bits.view(torch.float32).contiguous()
         assert oracle.same(driver.narrow(numbers, dtype), numbers.to(dtype))
+
+
+# ---- Boxes ---------------------------------------------------------------------------------------
+
+
+@by_layout
+@by_dtype
+def test_paste_boxes(driver, dtype, layout):
+    reached = set()
+    for seed in range(40):
+        out = ("dense", "gaps", "contiguous")[seed % 3]
+        report = cases.check_paste(driver, *cases.pasted(seed, dtype, layout), out)
+        reached.add((report.packed, report.channels))
+    assert reached == {(True, 16 // dtype.itemsize), (False, 1)}
+
+
+def test_paste_boxes_takes_vectors_across_pixels(driver):
+    """Three channels of float32: 16 bytes hold parts of two pixels, and of two rows."""
+    report = cases.check_paste(driver, *cases.pasted(4, torch.float32, "contiguous", (4, 3)), "dense")
+    assert report.packed and report.channels == 4
+
+
+def test_paste_boxes_reads_no_place_outside_of_the_pictures(driver):
+    """On a GPU nobody checks the indices first: what names no picture, or no pixel of it, is under no box."""
+    pictures, fill, boxes, places = cases.pasted(6, torch.float32, "contiguous", (4, 4))
+    boxes[:] = torch.tensor([-(2**40), -(2**40), 2**40, 2**40])
+    count = len(boxes)
+    for image, origin in ((9, 0), (-1, 0), (2**62, 0), (0, 2**61), (0, -(2**61)), (0, -4)):
+        out = Output((count, pictures.size(1), 4, 4), torch.float32)
+        indices = (torch.full((count,), image), torch.full((count, 2), origin), boxes)
+        driver.paste_boxes(pictures, fill, out.tensor, *indices)
+        assert not out.check().any()
+
+
+def test_paste_boxes_of_nothing_launches_nothing(driver):
+    pictures, fill, boxes, places = cases.pasted(1, torch.float32, "contiguous")
+    out = torch.empty(0, pictures.size(1), 3, 3)
+    assert driver.paste_boxes(pictures, fill, out, places.image, places.origin, boxes).launches == 0
+
+
+def test_paste_boxes_past_32_bit_offsets(driver, huge):
+    """A picture, and a patch's place in the result, that begin beyond 2**31 elements."""
+    step = 2**31 + 64
+    pictures = torch.from_numpy(huge)[: (step + 4096) * 4].view(torch.float32).as_strided((2, 3, 8, 8), (step, 64, 8, 1))
+    pictures[1] = torch.randn(3, 8, 8)
+    fill = torch.full((1, 1, 1, 1), 2.0).expand(pictures.shape)
+    boxes = torch.tensor([[2, 2, 7, 6]])
+    places = Places(torch.tensor([1]), torch.tensor([[1, 0]]), torch.tensor([[1, 0]]), (6, 8))
+    assert cases.check_paste(driver, pictures, fill, boxes, places, "dense").packed
+    view = driver_view(torch.empty(1, 3, 1, 1), (2**20, 2**20, 2**12, 1))
+    with pytest.raises(RuntimeError, match="more values than 32 bits can count"):
+        driver.paste_views(driver_view(pictures), driver_view(fill), view, *[places.image] * 3)
+
+
+def driver_view(x, shape=None):
+    made = host_driver.view(x)
+    for axis, length in enumerate(shape or x.shape):
+        made.size[axis] = length
+    return made

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from driver import ROOT
 
-SOURCES = ("max_pool2d_with_switches", "unpool_relu2d")
+SOURCES = {"max_pool2d_with_switches": 28, "unpool_relu2d": 28, "paste_boxes": 8}  # and their least number of kernels
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 # Three blocks of 256 threads still fit on a multiprocessor (64 Ki registers): enough to hide memory.
 MAX_REGISTERS = 80
@@ -109,7 +109,7 @@ def test_every_kernel_is_there_for_every_architecture(compiled):
         by_architecture = {
             arch: {k.name for k in kernels[name] if k.architecture == arch} for arch in ARCHITECTURES
         }
-        assert len(by_architecture["sm_90a"]) >= 28, by_architecture
+        assert len(by_architecture["sm_90a"]) >= SOURCES[name], by_architecture
         assert by_architecture["sm_80"] == by_architecture["sm_90a"] == by_architecture["sm_100"]
 
 
@@ -152,7 +152,7 @@ def test_machine_code(compiled, architecture):
         command = [cuobjdump(), "-sass", "-arch", architecture, folder / f"{name}.fatbin"]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         functions = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
-        assert len(functions) >= 28
+        assert len(functions) >= SOURCES[name]
         titles = readable([function.splitlines()[0].strip() for function in functions])
         for title, function in zip(titles, functions, strict=True):
             operations = set(re.findall(r"\b(LDG|STG|LDL|STL|ATOM|ATOMG|RED|REDG)\b([.\w]*)", function))
@@ -161,6 +161,5 @@ def test_machine_code(compiled, architecture):
             if "Packed" in title:
                 wide = {kind for kind, suffix in operations if ".128" in suffix}
                 assert "STG" in wide, title  # what it writes
-                assert "LDG" in wide or "pool_gather2d" in title, (
-                    title
-                )  # what it reads, but a gather's far values
+                # what it reads, but a gather's far values and pictures of any layout
+                assert "LDG" in wide or "pool_gather2d" in title or name == "paste_boxes", title

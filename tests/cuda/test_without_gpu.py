@@ -21,13 +21,14 @@ def views():
     return [(t.data_ptr(), code, tuple(t.shape), t.stride()) for t, code in tensors]
 
 
-@pytest.mark.parametrize("op", ["max_pool2d_with_switches", "unpool_relu2d", "pool_gather2d"])
+@pytest.mark.parametrize("op", ["max_pool2d_with_switches", "unpool_relu2d", "pool_gather2d", "paste_boxes"])
 def test_the_error_names_the_op_and_what_is_missing(views, op):
     x, y, switches = views
     arguments = {
         "max_pool2d_with_switches": (x, y, switches, POOL),
         "unpool_relu2d": (y, switches, x, POOL, True, False, 0),
         "pool_gather2d": (x, switches, y, POOL, False, 0),
+        "paste_boxes": ((x, x, y, 0, 0, 0),),
     }[op]
     missing = "has no NVIDIA driver|NVIDIA driver finds no GPU|older than the CUDA"
     with pytest.raises(RuntimeError, match=rf"^zfcore: {op} on cuda:0: .*({missing})"):

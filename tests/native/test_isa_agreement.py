@@ -19,7 +19,7 @@ SOURCES = ROOT / "csrc"
 KERNELS = [
     "max_pool2d_with_switches", "unpool_relu2d", "unpool_relu_conv_transpose2d", "deconv_step", "strongest",
     "conv_delta", "pool_delta", "lrn_delta", "relu_delta",
-    "conv_strongest",
+    "conv_strongest", "paste_boxes",
 ]  # fmt: skip
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 OPTIONS = ["-std=gnu++17", "-O2", "-Wno-psabi", "-Wno-ignored-attributes", "-pthread"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from zfcore.kernels import conv_delta, lrn_delta, pool_delta, relu_delta
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INDICES = ("image", "origin", "out_origin")
+FLOATS = ("slope", "upper", "share", "beta", "k")
 
 
 def compile_for(kernel, capability, dtype, constants, warps, stages):
@@ -32,14 +34,17 @@ def compile_for(kernel, capability, dtype, constants, warps, stages):
             signature[name] = f"*{dtype}"
         elif name in ("clean", "before", "after", "out"):
             signature[name] = "*fp32"
-        elif name in ("slope", "upper", "share", "beta", "k"):
+        elif name in FLOATS:
             signature[name] = "fp32"
     strides = ("delta", "clean", "before", "after", "out")
     multiples = [
         i
         for i, name in enumerate(names)
-        if name in ("filters", "channels", "group_filters", "run", *strides)
-        or (name.rsplit("_", 1)[0] in strides and name != "out_origin")
+        if name not in constants
+        and (
+            name in ("filters", "channels", "group_filters", "run", *strides)
+            or (name.rsplit("_", 1)[0] in strides and name != "out_origin")
+        )
     ]
     source = ASTSource(
         fn=kernel,
@@ -75,6 +80,26 @@ def report(compiled, capability) -> dict:
     }
 
 
+def with_ones(capability: int) -> int:
+    """Compiles each kernel with ones among its numbers, which a launch makes constants of; returns how many."""
+    done, drawn = 0, random.Random(0)
+    product = {"RECTIFIED": True, "HAS_SLOPE": True, "PRECISION": "ieee", "UPCAST": False}
+    pixels = {"BLOCK_P": 16, "BLOCK_C": 64}
+    for kernel, constants in (
+        (conv_delta.conv_delta_kernel, {**product, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}),
+        (pool_delta.pool_delta_kernel, pixels),
+        (lrn_delta.lrn_delta_kernel, {**pixels, "ROOTS": False}),
+        (relu_delta.relu_delta_kernel, {**pixels, "HAS_SLOPE": True}),
+    ):
+        other = {*INDICES, *FLOATS, "delta", "filters", "clean", "before", "after", "out"}
+        numbers = [name for name in kernel.arg_names if name not in other and not name.isupper()]
+        for share in (1.0, 0.5, 0.2):
+            ones = {name: 1 for name in numbers if drawn.random() < share}
+            compile_for(kernel, capability, "fp32", {**constants, **ones}, 4, 3)
+            done += 1
+    return done
+
+
 def main(capability: int) -> list[dict]:
     found = []
     for precision in conv_delta.CONFIGS:
@@ -108,4 +133,5 @@ def main(capability: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    json.dump(main(int(sys.argv[1])), sys.stdout)
+    what = with_ones if "ones" in sys.argv else main
+    json.dump(what(int(sys.argv[1])), sys.stdout)

@@ -63,3 +63,11 @@ def test_memory_moves_16_bytes_at_a_time(compiled, capability):
             assert kernel["copies"] == ["0x10"], label(kernel)
         else:
             assert kernel["wide"] >= 3, label(kernel)
+
+
+def test_numbers_that_are_one_are_constants(start):
+    """So a launch has it; then what is a tensor of numbers elsewhere is a number of Python's in a kernel."""
+    process = start("compiled.py", "90", "ones", interpreted=False)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert json.loads(output) == 12

@@ -24,6 +24,7 @@ from zfcore.network import Network, Stage, Window
 from zfcore.ops._library import runs_on
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
+from zfcore.ops.paste_boxes import paste_boxes
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import Limits, Lrn, Places
@@ -379,13 +380,9 @@ class Sweep:
         """What the boxes change the pictures by."""
         rects = self.rects[self.picture]
         origin = batch.origin(rects)
-        change = cut(fill, batch.image, origin, rects.size) - cut(images, batch.image, origin, rects.size)
-        covered = []
-        for axis, where in ((0, batch.row), (1, batch.column)):
-            begin, end = self.spans[axis][where].unbind(1)
-            pixel = origin[:, axis, None] + torch.arange(rects.size[axis], device=self.device)
-            covered.append((begin[:, None] <= pixel) & (pixel < end[:, None]))
-        return change.masked_fill_(~(covered[0][:, None, :, None] & covered[1][:, None, None, :]), 0)
+        (y0, y1), (x0, x1) = (spans[at].unbind(1) for spans, at in zip(self.spans, (batch.row, batch.column)))
+        places = Places(batch.image, origin, origin, rects.size)
+        return paste_boxes(images, fill, torch.stack((y0, x0, y1, x1), 1), places)
 
     # -- the steps
 

@@ -18,15 +18,12 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> No
     if 0 in delta.shape[1:] or 0 in places.size:
         raise ShapeError(f"delta of {tuple(delta.shape)}, a result of {tuple(places.size)}: expected none of 0")
     b = len(delta)
-    for name, value, shape in (
+    check_indices(
+        delta.device,
         ("image", places.image, (b,)),
         ("origin", places.origin, (b, 2)),
         ("out_origin", places.out_origin, (b, 2)),
-    ):
-        if tuple(value.shape) != shape or value.dtype != torch.int64:
-            raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
-        if value.device != delta.device:
-            raise DeviceError(f"{name} on {value.device}: expected {delta.device}, where delta is")
+    )
     for clean in maps:
         if clean is None:
             continue
@@ -39,13 +36,22 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> No
             raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
 
 
+def check_indices(device: torch.device, *indices: tuple[str, torch.Tensor, tuple[int, ...]]) -> None:
+    """Each with its name and shape."""
+    for name, value, shape in indices:
+        if tuple(value.shape) != shape or value.dtype != torch.int64:
+            raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
+        if value.device != device:
+            raise DeviceError(f"{name} on {value.device}: expected {device}, where the maps are")
+
+
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def empty(delta: torch.Tensor, channels: int, places: Places, out: torch.Tensor | None) -> torch.Tensor:
-    """The result's memory: ``out`` where it fits."""
-    shape = (len(delta), channels, *places.size)
+    """The result's memory, of delta's dtype and where it is: ``out`` where that fits."""
+    shape = (len(places.image), channels, *places.size)
     if out is None:
         return torch.empty(shape, dtype=delta.dtype, device=delta.device, memory_format=torch.channels_last)
     if tuple(out.shape) != shape or out.dtype != delta.dtype or out.stride(1) != 1:

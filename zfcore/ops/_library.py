@@ -217,12 +217,12 @@ def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
 
 def runs_on(device: torch.device, names: tuple[str, ...]) -> bool:
     """Whether an op with kernels of these backends would run one on such tensors now, or was told to run on the
-    reference.
+    reference. A backend that is forced has to be one for all ops, which the CPU's alone is.
     """
     if _choice.name == "reference":
         return True
     kernels = dict.fromkeys(names)
-    tried = _BY_DEVICE.get(device.type, ()) if _choice.name is None else (_choice.name,)
+    tried = _BY_DEVICE.get(device.type, ()) if _choice.name is None else {"cpu"} & {_choice.name}
     return any(not _refusal(name, "op", kernels, device) for name in tried)
 
 

@@ -61,7 +61,7 @@ def _triton_filters(weight, scale, shape, groups, narrow):
         raise DtypeError(f"weight of {weight.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
     weight = weight.detach().reshape(shape)
     packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
-    packed = packed.permute(0, 2, 3, 1).contiguous()  # [K, kh, kw, C / groups]
+    packed = packed.permute(0, 2, 3, 1).to(torch.bfloat16 if narrow else packed.dtype).contiguous()  # [K, kh, kw, C / groups]
     return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), narrow, "triton")
 
 
@@ -153,7 +153,7 @@ def _triton(delta, filters, step, places, clean, out):
     out = _change.empty(delta, len(filters.weight), places, out)
     own = (x.contiguous() for x in places[:3])
     return triton_kernel("conv_delta")(
-        delta, filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier
+        delta.to(filters.packed.dtype), filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier
     )
 
 

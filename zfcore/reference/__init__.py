@@ -8,6 +8,7 @@ from zfcore.reference.conv_strongest import conv_strongest
 from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.lrn_delta import lrn_delta
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
+from zfcore.reference.paste_boxes import paste_boxes
 from zfcore.reference.pool_delta import pool_delta
 from zfcore.reference.pool_gather2d import pool_gather2d
 from zfcore.reference.relu_delta import relu_delta
@@ -22,6 +23,7 @@ __all__ = [
     "deconv_step",
     "lrn_delta",
     "max_pool2d_with_switches",
+    "paste_boxes",
     "pool_delta",
     "pool_gather2d",
     "relu_delta",
