@@ -21,6 +21,8 @@ from zfcore.errors import (
 from zfcore.occlusion import Occlusion, occlusion_map
 
 CLASSES = 7
+# Networks that the engine cannot read are among those below, and say so; test_sweep looks at what they say.
+pytestmark = pytest.mark.filterwarnings("ignore:zfcore. plain forwards run this network")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+AWAY = tempfile.gettempdir()  # not the source tree, which would hide the install
 START = """
 import torch
 from zfcore.ops.conv_delta import ConvChange, Places, conv_delta, delta_filters
@@ -35,7 +37,7 @@ torch.manual_seed(0)
 def test_what_is_empty_does_not_end_the_process(call):
     """An answer or a typed error."""
     code = f"{START}\ntry:\n    {call}\nexcept (ValueError, TypeError):\n    pass\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=AWAY)
     assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
 
 
@@ -51,7 +53,7 @@ except (ValueError, TypeError):
 else:
     assert torch.equal(ours, want), (ours - want).abs().max()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=AWAY)
     assert done.returncode == 0, done.stderr
 
 
@@ -77,5 +79,5 @@ except ValueError:
     raise SystemExit(0)
 raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=AWAY)
     assert done.returncode == 0, done.stderr or f"exit status {done.returncode}"

@@ -183,7 +183,7 @@ def conv_delta(
 
     Raises:
         ShapeError, DtypeError: the arguments do not belong together.
-        ValueError: a patch is not inside its map, or reaches outputs outside of the result.
+        ValueError: a patch is not inside its map, or reaches outputs outside of the result (the CPU's kernel).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
