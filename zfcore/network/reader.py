@@ -231,7 +231,9 @@ class _Reader(fx.Tracer):
         self.graph = fx.Graph()
         self.node = self.graph.placeholder("image")
         image = Stage("input", shape=self.image_shape, name="image", field=Field())
-        before, fx_tracing._is_fx_tracing_flag = fx_tracing._is_fx_tracing_flag, True
+        before = getattr(fx_tracing, "_is_fx_tracing_flag", None)  # not every version of torch has it
+        if before is not None:
+            fx_tracing._is_fx_tracing_flag = True
         try:
             with fx_tracing._new_patcher() as patcher:
                 self.follow_calls(patcher)
@@ -239,7 +241,8 @@ class _Reader(fx.Tracer):
                 out = forward(self.model, _Traced(self, image, []))  # its other arguments keep their defaults
                 self.returned(self.model, out)
         finally:
-            fx_tracing._is_fx_tracing_flag = before
+            if before is not None:
+                fx_tracing._is_fx_tracing_flag = before
 
     def follow_calls(self, patcher: object) -> None:
         """From now on the calls of modules go to `call_module`.
