@@ -127,13 +127,15 @@ def deconv_project(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
-    job = _Job(model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict)
     first = 0
-    with torch.inference_mode(False):
+    with contextlib.ExitStack() as stack:
+        job = _Job(
+            model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict, stack
+        )
         parts = {
             name: value.new_empty((job.count, *value.shape[1:])) for name, value in job.nothing().items()
         }
-    with tqdm(total=job.count, disable=not progress, unit="projection") as bar, job.working():
+        bar = stack.enter_context(tqdm(total=job.count, disable=not progress, unit="projection"))
         for part in job.run(parts["pixels"]):
             for name, value in part.items():
                 if name != "pixels":  # which are there already
@@ -243,7 +245,22 @@ def _check_images(images: Tensor) -> Tensor:
 class _Job(Job):
     """One call: its checked arguments, and the path that runs it."""
 
-    def __init__(self, model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict):
+    def __init__(
+        self,
+        model,
+        images,
+        layer,
+        units,
+        positions,
+        rule,
+        seed,
+        overlap,
+        crop,
+        batch_size,
+        strict,
+        stay: contextlib.ExitStack | None = None,
+    ):
+        """stay: keeps the job `working` from here on; without one it is while the network is read."""
         if not isinstance(model, nn.Module):
             raise DtypeError(f"model={type(model).__name__}: expected an nn.Module")
         inside = _unwrapped(model)
@@ -269,7 +286,8 @@ class _Job(Job):
         self.layer = name if call is None else f"{name}@{call}"
         self.positions = positions
         self.reason = ""
-        with self.working():
+        with contextlib.ExitStack() as own:
+            (stay or own).enter_context(self.working())
             try:
                 network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1])
             except UnsupportedOperation as error:
