@@ -197,6 +197,27 @@ inline bool counts(T v) {
   return v != T(0);
 }
 
+// Throws where a patch is not inside its map, or reaches outputs outside of the result.
+inline void check(const ConvDelta& op) {
+  const Window& conv = op.conv;
+  const int64_t size[2] = {op.delta.h(), op.delta.w()}, out[2] = {op.out.h(), op.out.w()};
+  for (int64_t b = 0; b < op.delta.n(); ++b)
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t i = op.origin[2 * b + axis], o = op.out_origin[2 * b + axis];
+      bool fits = i >= 0 && i <= op.map[axis] - size[axis] && o >= 0 && o <= op.above[axis] - out[axis];
+      if (fits) {
+        const int64_t s = conv.stride[axis], reach = conv.dilation[axis] * (conv.kernel[axis] - 1);
+        const int64_t low = i + conv.padding[axis] - reach, high = i + size[axis] - 1 + conv.padding[axis];
+        const int64_t first = low > 0 ? up(low, s) : 0;
+        const int64_t last = high < 0 ? -1 : std::min(high / s, op.above[axis] - 1);
+        fits = first > last || (first >= o && last < o + out[axis]);
+      }
+      if (!fits)
+        throw std::invalid_argument("conv_delta: patch " + std::to_string(b) +
+                                    " is not inside its map, or reaches outputs outside of its result");
+    }
+}
+
 template <class T, bool Narrow>
 struct Engine {
   typedef typename Vec<T>::type V;
@@ -246,7 +267,6 @@ struct Engine {
 
   explicit Engine(const ConvDelta& op) : op(op) {
     fill_multiply<T, U, most_rows>(by_rows);
-    check();
     for (int axis = 0; axis < 2; ++axis) {
       if (by_window) {
         for (int64_t o = 0; o < op.above[axis]; ++o) reached[axis].push_back(int32_t(o));
@@ -259,25 +279,6 @@ struct Engine {
           reached[axis].push_back(hits ? int32_t(at / conv.stride[axis]) : -1);
         }
     }
-  }
-
-  void check() const {
-    const int64_t size[2] = {op.delta.h(), op.delta.w()}, out[2] = {op.out.h(), op.out.w()};
-    for (int64_t b = 0; b < op.delta.n(); ++b)
-      for (int axis = 0; axis < 2; ++axis) {
-        const int64_t i = op.origin[2 * b + axis], o = op.out_origin[2 * b + axis];
-        bool fits = i >= 0 && i <= op.map[axis] - size[axis] && o >= 0 && o <= op.above[axis] - out[axis];
-        if (fits) {
-          const int64_t s = conv.stride[axis], reach = conv.dilation[axis] * (conv.kernel[axis] - 1);
-          const int64_t low = i + conv.padding[axis] - reach, high = i + size[axis] - 1 + conv.padding[axis];
-          const int64_t first = low > 0 ? up(low, s) : 0;
-          const int64_t last = high < 0 ? -1 : std::min(high / s, op.above[axis] - 1);
-          fits = first > last || (first >= o && last < o + out[axis]);
-        }
-        if (!fits)
-          throw std::invalid_argument("conv_delta: patch " + std::to_string(b) +
-                                      " is not inside its map, or reaches outputs outside of its result");
-      }
   }
 
   int64_t group_size(int threads) const {
@@ -512,12 +513,97 @@ struct Engine {
   }
 };
 
+// A filter of its own for each channel: no product of matrices, but one of vectors over channels.
+// Filters [tap][channel].
+bool is_depthwise(int64_t outputs, int64_t inputs, int64_t groups) {
+  return groups > 1 && inputs == 1 && outputs == groups;
+}
+
+template <class T>
+struct Depthwise {
+  typedef typename Vec<T>::type V;
+  static constexpr int lanes = Vec<T>::lanes;
+
+  const ConvDelta& op;
+
+  static bool pack(const View& weight, const T* scale, T* filters) {
+    const int64_t taps = weight.size[2] * weight.size[3], channels = weight.size[0];
+    T poison = 0;  // NaN once anything is not finite
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) {
+        const T value = static_cast<const T*>(weight.data)[c * taps + t] * (scale ? scale[c] : T(1));
+        filters[t * channels + c] = value;
+        poison += value * 0;
+      }
+    return poison == 0;
+  }
+
+  void operator()(int threads) const {
+    const int64_t channels = op.out.c(), taps = op.conv.taps();
+    parallel_for(op.delta.n(), 1, threads, [&](int64_t begin, int64_t end) {
+      char* memory = static_cast<char*>(thread_scratch(0, (2 * taps + channels) * 8));
+      const T** const delta = reinterpret_cast<const T**>(memory);  // of each tap that lies in the patch
+      const T** const filter = delta + taps;
+      T* const sum = reinterpret_cast<T*>(memory + 2 * taps * 8);
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t y = 0; y < op.out.h(); ++y)
+          for (int64_t x = 0; x < op.out.w(); ++x) {
+            accumulate(b, y, x, delta, filter, sum);
+            finish(b, y, x, sum);
+          }
+    });
+  }
+
+  void accumulate(int64_t b, int64_t y, int64_t x, const T** delta, const T** filter, T* sum) const {
+    const Window& conv = op.conv;
+    const int64_t *origin = op.origin + 2 * b, *corner = op.out_origin + 2 * b, channels = op.out.c();
+    const int64_t top = (corner[0] + y) * conv.stride[0] - conv.padding[0] - origin[0];
+    const int64_t left = (corner[1] + x) * conv.stride[1] - conv.padding[1] - origin[1];
+    int64_t found = 0;
+    for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+      const int64_t dy = top + i * conv.dilation[0];
+      if (dy < 0 || dy >= op.delta.h()) continue;
+      for (int64_t j = 0; j < conv.kernel[1]; ++j) {
+        const int64_t dx = left + j * conv.dilation[1];
+        if (dx < 0 || dx >= op.delta.w()) continue;
+        delta[found] = at<T>(op.delta, b, 0, dy, dx);
+        filter[found++] = static_cast<const T*>(op.filters) + (i * conv.kernel[1] + j) * channels;
+      }
+    }
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) {
+      V total{};
+      for (int64_t t = 0; t < found; ++t) total += load_vector(delta[t] + c) * load_vector(filter[t] + c);
+      store_vector(sum + c, total);
+    }
+    for (; c < channels; ++c) {
+      sum[c] = 0;
+      for (int64_t t = 0; t < found; ++t) sum[c] += delta[t][c] * filter[t][c];
+    }
+  }
+
+  void finish(int64_t b, int64_t y, int64_t x, const T* sum) const {
+    T* out = at_mut<T>(op.out, b, 0, y, x);
+    const int64_t* corner = op.out_origin + 2 * b;
+    if (op.clean.data)
+      rectify_change(op.rectifier, at<T>(op.clean, op.image[b], 0, corner[0] + y, corner[1] + x), sum, out, op.out.c());
+    else
+      std::copy_n(sum, op.out.c(), out);
+  }
+};
+
 }  // namespace
 
 void conv_delta(const ConvDelta& op, int threads) {
   if (op.out.numel() == 0) return;
+  check(op);
   const auto run = [&](const auto& engine) { engine(threads); };
-  if (op.delta.dtype == DType::f64)
+  const bool depthwise = is_depthwise(op.out.c(), op.delta.c() / op.groups, op.groups);
+  if (op.delta.dtype == DType::f64 && depthwise)
+    run(Depthwise<double>{op});
+  else if (depthwise)
+    run(Depthwise<float>{op});
+  else if (op.delta.dtype == DType::f64)
     run(Engine<double, false>(op));
   else if (op.narrow)
     run(Engine<float, true>(op));
@@ -538,12 +624,15 @@ auto with_filters(const View& weight, int64_t groups, bool narrow, const F& f) {
 }  // namespace
 
 int64_t delta_filters_bytes(const View& weight, int64_t groups, bool narrow) {
+  if (is_depthwise(weight.size[0], weight.size[1], groups)) return weight.numel() * (weight.dtype == DType::f64 ? 8 : 4);
   return with_filters(weight, groups, narrow, [](const auto& filters, auto*) { return filters.bytes(); });
 }
 
 bool pack_delta_filters(const View& weight, const void* scale, void* filters, int64_t groups, bool narrow, int threads) {
   return with_filters(weight, groups, narrow, [&](const auto& packing, auto* type) {
     typedef typename Pointee<decltype(type)>::type T;
+    if (is_depthwise(weight.size[0], weight.size[1], groups))
+      return Depthwise<T>::pack(weight, static_cast<const T*>(scale), static_cast<T*>(filters));
     typedef typename std::decay<decltype(packing)>::type::U U;
     return packing.pack(weight, static_cast<const T*>(scale), static_cast<U*>(filters), threads);
   });

@@ -26,7 +26,8 @@ struct ConvDelta {
   int64_t above[2] = {0, 0};            // the size of the map that out is about
   Window conv{};
   int64_t groups = 1;
-  bool narrow = false;                  // values and filters are rounded to bf16, float only; sums are not
+  bool narrow = false;                  // values and filters are rounded to bf16; float only,
+                                        // and not where each channel has a filter of its own
   Rectifier rectifier{0, 0};
 };
 

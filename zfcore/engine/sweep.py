@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zfcore.network import Network, Stage, Window
 from zfcore.ops._library import runs_on
-from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters
+from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters, is_depthwise
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.paste_boxes import paste_boxes
 from zfcore.ops.pool_delta import pool_delta
@@ -261,6 +261,7 @@ class Sweep:
         self.rects[result] = self.rects[stage] = below.reached(window, above)
         pairs = below.pairs(window, above)
         wide = -(-shape[0] // groups // LANES) * LANES * groups  # outputs, in whole blocks
+        wide = shape[0] if is_depthwise(shape, groups) else wide
         return _Step(
             result,
             [source],

@@ -70,6 +70,11 @@ _prepare = choosing(
 )
 
 
+def is_depthwise(shape: tuple[int, ...], groups: int) -> bool:
+    """Whether each channel has a filter of its own; shape: of the weight."""
+    return groups > 1 and shape[1] == 1 and shape[0] == groups
+
+
 def delta_filters(
     weight: torch.Tensor,
     scale: torch.Tensor | None = None,
@@ -85,13 +90,15 @@ def delta_filters(
         scale: [K], multiplies what each filter gives; None for one.
         shape: [K, C / groups, kh, kw].
         groups: of the channels.
-        narrow: round them, and the changes that they meet, to bf16; float32 only. Sums stay in float32.
+        narrow: round them, and the changes that they meet, to bf16; float32 only, and not where each channel has a
+            filter of its own. Sums stay in float32.
     """
     if weight.dtype not in _change.DTYPES or 0 in weight.shape:
         raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
     if narrow and weight.dtype != torch.float32:
         raise DtypeError(f"weight of {weight.dtype}: expected float32 to be rounded to bf16")
-    return _prepare(weight, scale, tuple(weight.shape) if shape is None else tuple(shape), groups, narrow)
+    shape = tuple(weight.shape) if shape is None else tuple(shape)
+    return _prepare(weight, scale, shape, groups, narrow and not is_depthwise(shape, groups))
 
 
 def _reference(delta, filters, step, places, clean, out):
