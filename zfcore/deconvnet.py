@@ -30,6 +30,7 @@ from zfcore.errors import (
     UnsupportedOperation,
 )
 from zfcore.network import evaluating, exact_arithmetic, read_network, resolve_layer
+from zfcore.ops._filters import held as filters_held
 
 __all__ = ["Projection", "deconv_project", "iter_projections"]
 
@@ -135,6 +136,7 @@ def deconv_project(
         parts = {
             name: value.new_empty((job.count, *value.shape[1:])) for name, value in job.nothing().items()
         }
+        stack.enter_context(filters_held())
         bar = stack.enter_context(tqdm(total=job.count, disable=not progress, unit="projection"))
         for part in job.run(parts["pixels"]):
             for name, value in part.items():

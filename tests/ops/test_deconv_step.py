@@ -215,6 +215,22 @@ def test_filters_are_kept_while_the_weight_lives(plain):
     assert len(_filters._kept) == kept - 1
 
 
+def test_within_one_call_a_weight_is_looked_at_once(plain, monkeypatch):
+    step, looks = plain.step, []
+    look = _filters._looked_up
+    monkeypatch.setattr(_filters, "_looked_up", lambda *args: looks.append(args) or look(*args))
+    double = torch.full((16,), 2.0)
+    with _filters.held():
+        first = _filters.for_deconv(plain.weight, None, step.conv, 1)
+        assert _filters.for_deconv(plain.weight, None, step.conv, 1) is first and len(looks) == 1
+        scaled = _filters.for_deconv(plain.weight, double, step.conv, 1)
+        assert not torch.equal(scaled, first) and len(looks) == 2
+        assert _filters.for_deconv(plain.weight, double.clone(), step.conv, 1) is scaled and len(looks) == 2
+        assert torch.equal(_filters.for_deconv(plain.weight, double / 2, step.conv, 1), first) and len(looks) == 3
+    plain.weight.data.mul_(2)
+    assert torch.equal(_filters.for_deconv(plain.weight, None, step.conv, 1), scaled) and len(looks) == 4
+
+
 # ---- What is refused
 
 

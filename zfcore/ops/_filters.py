@@ -6,9 +6,10 @@ version counters do not see what is written through ``.data`` or another library
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,36 @@ def _forget(key: int) -> None:
     _kept.pop(key, None)
 
 
+class _Held(threading.local):
+    packed: dict | None = None  # the weight, its scale and the packing, by the weight's id and the way
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within this, in this thread, a weight is looked at once: for one call, in which no code of a user's runs."""
+    before, _held.packed = _held.packed, {}
+    try:
+        yield
+    finally:
+        _held.packed = before
+
+
 def _packed(weight: torch.Tensor, scale: torch.Tensor | None, way: tuple, pack: Callable) -> object:
     """pack(weight, scale), both contiguous and the scale in the compute type, or what it returned for the same bits."""
+    if _held.packed is None:
+        return _looked_up(weight, scale, way, pack)
+    key = id(weight), scale is None, way
+    found = _held.packed.get(key)
+    if found is None or (scale is not None and not torch.equal(found[1], scale)):
+        found = _held.packed[key] = weight, scale, _looked_up(weight, scale, way, pack)
+    return found[2]
+
+
+def _looked_up(weight: torch.Tensor, scale: torch.Tensor | None, way: tuple, pack: Callable) -> object:
+    """As `_packed`, with the weight looked at."""
     dense = weight.detach().contiguous()
     digest = native.hash_bytes(_boundary.address(dense), dense.nbytes, _boundary.threads())
     if scale is not None:
