@@ -1,6 +1,8 @@
-"""Where the pixels of patches lie in clean maps: shared by the kernels on changes."""
+"""Where the pixels of patches lie in clean maps, and how they are launched: shared by the kernels on changes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -8,6 +10,7 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # read where Triton reads it: when a kernel is defined
 LARGEST = 2**31 - 1
+CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P pixels, BLOCK_C channels, warps
 
 
 @triton.jit
@@ -37,3 +40,21 @@ def check(**tensors: torch.Tensor) -> None:
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Of images, rows and columns."""
     return x.stride(0), x.stride(2), x.stride(3)
+
+
+def launches(out: torch.Tensor) -> Iterator[tuple[slice, int, tuple[int, int], dict[str, int]]]:
+    """Launches of a kernel whose programs take BLOCK_P pixels and BLOCK_C channels of the results out [B, C, h, w].
+
+    Yields the patches of each, how many pixels they have, the grid, and the kernel's options, on out's device.
+    """
+    batch, channels, size_y, size_x = out.shape
+    block_p, block_c, warps = CONFIGS["wide" if channels > 16 else "narrow"]
+    most = (LARGEST - 1024) // max(1, size_y * size_x)  # patches of one launch
+    if most < 1:
+        raise ValueError(f"patches of {tuple(out.shape)}: too large for one launch")
+    options = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
+    for begin in range(0, batch if out.numel() else 0, most):
+        some = slice(begin, begin + most)
+        pixels = len(out[some]) * size_y * size_x
+        with torch.cuda.device_of(out):
+            yield some, pixels, (triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)), options

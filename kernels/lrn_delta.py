@@ -15,9 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, places, strides
-
-CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P pixels, BLOCK_C channels, warps
+from ._places import LARGEST, check, launches, places, strides
 
 
 @triton.jit
@@ -103,40 +101,33 @@ def lrn_delta(
         image, origin: [B] and [B, 2] int64, contiguous. What lies outside of the clean maps is NaN.
     """
     check(delta=delta, before=before, after=after, out=out)
-    batch, channels, size_y, size_x = delta.shape
-    block_p, block_c, warps = CONFIGS["wide" if channels > 16 else "narrow"]
-    most = (LARGEST - 1024) // max(1, size_y * size_x)  # patches of one launch
+    channels, size_y, size_x = delta.shape[1:]
     size, alpha, beta, k = lrn
-    if most < 1 or channels + size > LARGEST - 1024:
+    if channels + size > LARGEST - 1024:
         raise ValueError(f"delta of {tuple(delta.shape)}, sums of {size} channels: too large for one launch")
-    for begin in range(0, batch if delta.numel() else 0, most):
-        some = slice(begin, begin + most)
-        pixels = len(delta[some]) * size_y * size_x
-        with torch.cuda.device_of(delta):
-            lrn_delta_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))](
-                delta[some],
-                before,
-                after,
-                image[some],
-                origin[some],
-                out[some],
-                pixels,
-                size_y,
-                size_x,
-                channels,
-                len(before),
-                *before.shape[2:],
-                *strides(delta),
-                *strides(before),
-                *strides(after),
-                *strides(out),
-                size,
-                alpha / size,
-                beta,
-                k,
-                ROOTS=beta == 0.75,
-                BLOCK_P=block_p,
-                BLOCK_C=block_c,
-                num_warps=warps,
-            )
+    for some, pixels, grid, options in launches(delta):
+        lrn_delta_kernel[grid](
+            delta[some],
+            before,
+            after,
+            image[some],
+            origin[some],
+            out[some],
+            pixels,
+            size_y,
+            size_x,
+            channels,
+            len(before),
+            *before.shape[2:],
+            *strides(delta),
+            *strides(before),
+            *strides(after),
+            *strides(out),
+            size,
+            alpha / size,
+            beta,
+            k,
+            ROOTS=beta == 0.75,
+            **options,
+        )
     return out

@@ -16,9 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, places, strides
-
-CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P windows, BLOCK_C channels, warps
+from ._places import LARGEST, check, launches, places, strides
 
 
 @triton.jit
@@ -113,38 +111,31 @@ def pool_delta(
         out: [B, C, *size], channels last.
     """
     check(delta=delta, before=before, after=after, out=out)
-    batch, channels, size_y, size_x = out.shape
-    block_p, block_c, warps = CONFIGS["wide" if channels > 16 else "narrow"]
-    most = (LARGEST - 1024) // max(1, size_y * size_x)  # patches of one launch
-    if most < 1 or max(map(max, window)) > LARGEST:
+    channels, size_y, size_x = out.shape[1:]
+    if max(map(max, window)) > LARGEST:
         raise ValueError(f"out of {tuple(out.shape)}, a window of {window}: too large for one launch")
-    for begin in range(0, batch if out.numel() else 0, most):
-        some = slice(begin, begin + most)
-        pixels = len(out[some]) * size_y * size_x
-        with torch.cuda.device_of(delta):
-            pool_delta_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))](
-                delta[some],
-                before,
-                after,
-                image[some],
-                origin[some],
-                out_origin[some],
-                out[some],
-                pixels,
-                *delta.shape[2:],
-                size_y,
-                size_x,
-                channels,
-                len(before),
-                *before.shape[2:],
-                *after.shape[2:],
-                *(value for pair in window for value in pair),
-                *strides(delta),
-                *strides(before),
-                *strides(after),
-                *strides(out),
-                BLOCK_P=block_p,
-                BLOCK_C=block_c,
-                num_warps=warps,
-            )
+    for some, pixels, grid, options in launches(out):
+        pool_delta_kernel[grid](
+            delta[some],
+            before,
+            after,
+            image[some],
+            origin[some],
+            out_origin[some],
+            out[some],
+            pixels,
+            *delta.shape[2:],
+            size_y,
+            size_x,
+            channels,
+            len(before),
+            *before.shape[2:],
+            *after.shape[2:],
+            *(value for pair in window for value in pair),
+            *strides(delta),
+            *strides(before),
+            *strides(after),
+            *strides(out),
+            **options,
+        )
     return out

@@ -13,9 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, places, strides
-
-CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P pixels, BLOCK_C channels, warps
+from ._places import check, launches, places, strides
 
 
 @triton.jit
@@ -87,35 +85,26 @@ def relu_delta(
         slope, upper: of the rectifier.
     """
     check(delta=delta, before=before, out=out)
-    batch, channels, size_y, size_x = delta.shape
-    block_p, block_c, warps = CONFIGS["wide" if channels > 16 else "narrow"]
-    most = (LARGEST - 1024) // max(1, size_y * size_x)  # patches of one launch
-    if most < 1:
-        raise ValueError(f"delta of {tuple(delta.shape)}: too large for one launch")
-    for begin in range(0, batch if delta.numel() else 0, most):
-        some = slice(begin, begin + most)
-        pixels = len(delta[some]) * size_y * size_x
-        with torch.cuda.device_of(delta):
-            relu_delta_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))](
-                delta[some],
-                before,
-                image[some],
-                origin[some],
-                out[some],
-                pixels,
-                size_y,
-                size_x,
-                channels,
-                len(before),
-                *before.shape[2:],
-                *strides(delta),
-                *strides(before),
-                *strides(out),
-                slope,
-                upper,
-                HAS_SLOPE=slope != 0,
-                BLOCK_P=block_p,
-                BLOCK_C=block_c,
-                num_warps=warps,
-            )
+    channels, size_y, size_x = delta.shape[1:]
+    for some, pixels, grid, options in launches(delta):
+        relu_delta_kernel[grid](
+            delta[some],
+            before,
+            image[some],
+            origin[some],
+            out[some],
+            pixels,
+            size_y,
+            size_x,
+            channels,
+            len(before),
+            *before.shape[2:],
+            *strides(delta),
+            *strides(before),
+            *strides(out),
+            slope,
+            upper,
+            HAS_SLOPE=slope != 0,
+            **options,
+        )
     return out

@@ -13,7 +13,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zfcore.kernels import conv_delta, lrn_delta, pool_delta, relu_delta
+from zfcore.kernels import _places, conv_delta, lrn_delta, pool_delta, relu_delta
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INDICES = ("image", "origin", "out_origin")
@@ -119,9 +119,9 @@ def main(capability: int) -> list[dict]:
                 names = {"kernel": "conv_delta", "precision": precision, "config": list(config), "rectified": clean}
                 found.append({**names, **report(compiled, capability)})
     others = {
-        "pool_delta": (pool_delta.pool_delta_kernel, pool_delta.CONFIGS, {}),
-        "lrn_delta": (lrn_delta.lrn_delta_kernel, lrn_delta.CONFIGS, {"ROOTS": True}),
-        "relu_delta": (relu_delta.relu_delta_kernel, relu_delta.CONFIGS, {"HAS_SLOPE": False}),
+        "pool_delta": (pool_delta.pool_delta_kernel, _places.CONFIGS, {}),
+        "lrn_delta": (lrn_delta.lrn_delta_kernel, _places.CONFIGS, {"ROOTS": True}),
+        "relu_delta": (relu_delta.relu_delta_kernel, _places.CONFIGS, {"HAS_SLOPE": False}),
     }
     for name, (kernel, configs, extra) in others.items():
         for pixels, channels, warps in configs.values():
