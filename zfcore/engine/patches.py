@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfcore.engine.job import SCRATCH_BYTES, Job, times
-from zfcore.network import Field, Network, Stage
+from zfcore.network import Field, Network, Stage, scale_of
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
@@ -106,7 +106,7 @@ class _Chain:
             return None
         total = signal.new_ones(self.conv.shape[0])
         for stage in self.scales:
-            scale = _scale(stage)
+            scale = scale_of(stage)
             total = total * (scale.to(signal.dtype).flatten() if isinstance(scale, Tensor) else scale)
         return total
 
@@ -182,36 +182,28 @@ class Engine:
 
     def up(self, images: Tensor) -> tuple[Tensor, dict]:
         """The layer's activations, and for each stage what its way down needs."""
-        values: dict[Stage, Tensor] = {}
         kept: dict = {}
-        readers = {stage: len(found) for stage, found in self.consumers.items()}
-        for stage in self.network.stages:
-            inputs = [values[source] for source in stage.inputs]
-            if stage.kind == "input":
-                value = images
-            elif stage.kind == "max_pool":
+
+        def compute(stage: Stage, inputs: list[Tensor]) -> Tensor:
+            if stage.kind == "max_pool":
                 w = stage.window
                 value, switches = max_pool2d_with_switches(
                     inputs[0], w.kernel, w.stride, w.padding, w.dilation, stage.options["ceil_mode"]
                 )
                 kept[stage] = self.keep_switches(stage, switches)
-            else:
-                value = stage.run(*inputs)
-                if stage.kind == "map":
-                    kept[stage] = inputs
-                elif stage.kind == "relu" and self.job.rule != "deconvnet":
-                    slope = stage.options["rectifier"].derivative(inputs[0])
-                    kept[stage] = (
-                        slope.contiguous(memory_format=torch.channels_last) if slope.dim() == 4 else slope
-                    )
-                elif stage.kind == "avg_pool" and callable(stage.options["share"]):
-                    kept[stage] = stage.options["share"](inputs[0])
-            values[stage] = value
-            for source in stage.inputs:
-                readers[source] -= 1
-                if not readers[source]:
-                    del values[source]
-        return values[self.network.layer], kept
+                return value
+            if stage.kind == "map":
+                kept[stage] = inputs
+            elif stage.kind == "relu" and self.job.rule != "deconvnet":
+                slope = stage.options["rectifier"].derivative(inputs[0])
+                kept[stage] = (
+                    slope.contiguous(memory_format=torch.channels_last) if slope.dim() == 4 else slope
+                )
+            elif stage.kind == "avg_pool" and callable(stage.options["share"]):
+                kept[stage] = stage.options["share"](inputs[0])
+            return stage.run(*inputs)
+
+        return self.network.forward(images, compute), kept
 
     def reads_picture(self) -> bool:
         """Whether the layer is a convolution of the images whose strongest positions are all that is asked for.
@@ -434,7 +426,7 @@ class Engine:
         elif stage.kind == "pad":
             signal = signal if field else _fit(signal, stage.window.padding, source.shape[1:])
         elif stage.kind in ("batch_norm", "scale"):
-            scale = _scale(stage)
+            scale = scale_of(stage)
             signal = signal * (scale.to(signal.dtype) if isinstance(scale, Tensor) else scale)
         self.send(source, signal, down, seeds, signals)
 
@@ -527,11 +519,6 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and not tensor.is_neg()
     )
-
-
-def _scale(stage: Stage) -> Tensor | float:
-    """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
-    return stage.options["scale"]()[:, None, None] if stage.kind == "batch_norm" else stage.options["factor"]
 
 
 def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:

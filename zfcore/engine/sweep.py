@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcore.network import Network, Stage, Window
+from zfcore.network import Network, Stage, Window, scale_of
 from zfcore.ops._library import runs_on
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters, is_depthwise
 from zfcore.ops.lrn_delta import lrn_delta
@@ -240,7 +240,7 @@ class Sweep:
         """A convolution; or a full layer, which is a convolution with one output."""
         source, options = stage.inputs[0], stage.options
         if stage.kind == "conv":
-            weight, window, groups, map, above = options["weight"](), stage.window, options["groups"], *_sizes(stage)
+            weight, window, groups, map, above = options["weight"](), stage.window, options["groups"], _size(source), _size(stage)
             shape = tuple(weight.shape)
         else:
             weight, groups, above = options["matrix"](), 1, (1, 1)
@@ -333,19 +333,16 @@ class Sweep:
 
     def up(self, images: Tensor) -> dict[Stage, Tensor]:
         """The clean maps that the steps read, the output and the feature's, channels last; what is no map as maps of one pixel."""
-        values: dict[Stage, Tensor] = {}
         kept: dict[Stage, Tensor] = {}
-        waiting = {stage: len(readers) for stage, readers in self.readers.items()}
-        for stage in self.network.stages:
-            inputs = [values[source] for source in stage.inputs]
-            values[stage] = value = stage.run(*inputs) if inputs else images
+
+        def keep(stage: Stage, value: Tensor) -> Tensor:
             if stage in self.kept:
                 shaped = value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
                 kept[stage] = shaped.contiguous(memory_format=torch.channels_last)
-            for source in stage.inputs:
-                waiting[source] -= 1
-                if not waiting[source]:
-                    del values[source]
+            return value
+
+        keep(self.picture, images)
+        self.network.forward(images, lambda stage, inputs: keep(stage, stage.run(*inputs)))
         return kept
 
     def run(
@@ -391,10 +388,7 @@ class Sweep:
         return torch.tensor(pair, device=self.device)
 
     def factor(self, stage: Stage) -> Tensor:
-        """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
-        if stage.kind == "batch_norm":
-            return stage.options["scale"]()[:, None, None].to(self.dtype)
-        return torch.as_tensor(stage.options["factor"], dtype=self.dtype, device=self.device)
+        return torch.as_tensor(scale_of(stage), dtype=self.dtype, device=self.device)
 
     def result(self, step: _Step, batch: _Batch) -> Tensor:
         """Memory for the step's change, channels last, its contents undefined."""
@@ -495,10 +489,6 @@ def _tiled(rows: int, columns: int) -> Tensor:
 def _size(stage: Stage) -> Pair:
     """Of its maps; what is no map travels as maps of one pixel."""
     return tuple(stage.shape[1:]) if len(stage.shape) == 3 else (1, 1)
-
-
-def _sizes(stage: Stage) -> tuple[Pair, Pair]:
-    return tuple(stage.inputs[0].shape[1:]), tuple(stage.shape[1:])
 
 
 def _limits(stage: Stage | None) -> Limits:

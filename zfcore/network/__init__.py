@@ -4,7 +4,7 @@ from zfcore.network.geometry import Field, Window
 from zfcore.network.guard import evaluating, exact_arithmetic, observing
 from zfcore.network.operations import rule_of_call
 from zfcore.network.reader import Network, read_network, resolve_layer
-from zfcore.network.stages import Rectifier, Stage
+from zfcore.network.stages import Rectifier, Stage, scale_of
 
 __all__ = [
     "Field",
@@ -18,4 +18,5 @@ __all__ = [
     "read_network",
     "resolve_layer",
     "rule_of_call",
+    "scale_of",
 ]

@@ -62,6 +62,19 @@ class Network:
                 readers[source].append(stage)
         return readers
 
+    def forward(self, images: Tensor, compute: Callable[[Stage, list[Tensor]], Tensor]) -> Tensor:
+        """The layer's value, every stage's being compute(stage, its inputs), dropped once nothing reads it."""
+        values: dict[Stage, Tensor] = {}
+        waiting = {stage: len(readers) for stage, readers in self.consumers().items()}
+        for stage in self.stages:
+            inputs = [values[source] for source in stage.inputs]
+            values[stage] = images if stage.kind == "input" else compute(stage, inputs)
+            for source in stage.inputs:
+                waiting[source] -= 1
+                if not waiting[source]:
+                    del values[source]
+        return values[self.layer]
+
 
 # ---- Layers by name ----------------------------------------------------------------------------------------
 

@@ -79,3 +79,8 @@ class Rectifier:
     def rectify(self, g: Tensor) -> Tensor:
         """What comes down, rectified: negative values times ``slope``; NaN stays NaN."""
         return F.leaky_relu(g, self.slope) if self.slope else F.relu(g)
+
+
+def scale_of(stage: Stage) -> Tensor | float:
+    """What batch normalisation, or a constant, multiplies by: [C, 1, 1], or one number."""
+    return stage.options["scale"]()[:, None, None] if stage.kind == "batch_norm" else stage.options["factor"]
