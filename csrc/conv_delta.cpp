@@ -19,7 +19,6 @@
 #include "conv_delta.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <type_traits>

@@ -203,8 +203,9 @@ def occlusion_map(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        known = count * len(grid) if mode == "exact" else 0
-        bar = stack.enter_context(tqdm(total=known, unit="box", desc="occlusion", disable=not progress))
+        known = mode == "exact"  # the bar counts on all positions from the start
+        total = count * len(grid) if known else 0
+        bar = stack.enter_context(tqdm(total=total, unit="box", desc="occlusion", disable=not progress))
         narrow = precision == "bf16"
         sweep = _sweep(model, images, grid, totals, batch_size, strict, narrow)
         # What is left for forwards: images, and positions of others.
@@ -212,7 +213,7 @@ def occlusion_map(
         if sweep is not None:
             changes = _Changes(sweep, images, fill, len(grid), answers, totals)
             with exact_arithmetic(device):
-                _measure(changes, chosen, measured, bar, known=mode == "exact")
+                _measure(changes, chosen, measured, bar, known)
             left, again = changes.left()
         if len(left) or len(again) or not count:
             stack.enter_context(
@@ -220,7 +221,6 @@ def occlusion_map(
             )
             if totals is not None:
                 stack.enter_context(observing(totals.module, totals.see))
-            known = mode == "exact"
             if sweep is not None and known and (done := len(left) * len(grid) + len(again)):
                 bar.update(-done)
             forwards = Forwards(model, images, fill, grid, left, batch_size, answers, totals)
@@ -241,8 +241,8 @@ def occlusion_map(
         clean_activation=clean_activation,
         units=None if totals is None else totals.units,
         image_size=grid.size,
-        measured=getattr(chosen, "measured", None),
-        error=getattr(chosen, "error", None),
+        measured=chosen.measured,
+        error=chosen.error,
     )
 
 

@@ -17,7 +17,9 @@ SAMPLE = 32  # interpolated positions of an image that are measured to see how f
 
 
 class Everything:
-    """All positions."""
+    """All positions, so that there is nothing to say of which were measured, nor how far off the others are."""
+
+    measured = error = None
 
     def __init__(self, grid: Grid):
         self.positions = len(grid)
