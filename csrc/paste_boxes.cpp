@@ -16,8 +16,10 @@ namespace {
 template <class T>
 void paste(const PasteBoxes& op, int64_t b) {
   const int64_t n = op.image[b], *origin = op.origin + 2 * b, *box = op.boxes + 4 * b;
-  const int64_t channels = op.out.c(), left = std::clamp<int64_t>(box[1] - origin[1], 0, op.out.w()),
-                right = std::clamp<int64_t>(box[3] - origin[1], left, op.out.w());
+  const auto column = [&](int64_t x) {  // of the patch; a box may end anywhere
+    return std::clamp<int64_t>(std::clamp<int64_t>(x, 0, op.images.w()) - origin[1], 0, op.out.w());
+  };
+  const int64_t channels = op.out.c(), left = column(box[1]), right = std::max(left, column(box[3]));
   for (int64_t i = 0; i < op.out.h(); ++i) {
     const int64_t y = origin[0] + i;
     T* const row = static_cast<T*>(op.out.data) + b * op.out.stride[0] + i * op.out.stride[2];

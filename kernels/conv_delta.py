@@ -40,12 +40,28 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By precision, from small to large. The last of those for tensor cores has too many sums for the registers of GPUs
-# before Hopper, whose tensor cores take their factors from registers.
-CONFIGS = {
+# The tiles of an architecture by precision, from small to large: chosen by counting registers and shared memory, not
+# measured. What multiplies with mma.sync has its factors in registers, too, and no room there for the largest tiles;
+# wgmma (90) and tcgen05 (100) read theirs from shared memory. 120 is mma.sync again, with 99 KB of shared memory as 86
+# and 89, which take the tiles of 80, have.
+_MMA_SYNC = {
     "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 4, 3)),
-    "tf32": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
-    "bf16": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+    "tf32": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 8, 3)),
+    "bf16": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 8, 3)),
+}
+_FROM_SHARED = {
+    "ieee": _MMA_SYNC["ieee"],
+    "tf32": (*_MMA_SYNC["tf32"], Config(128, 128, 32, 8, 3)),
+    "bf16": (*_MMA_SYNC["bf16"], Config(128, 128, 64, 8, 3)),
+}
+_CONSUMER = {**_MMA_SYNC, "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 8, 3))}
+CONFIGS = {80: _MMA_SYNC, 90: _FROM_SHARED, 100: _FROM_SHARED, 120: _CONSUMER}
+# For channels that are no multiples of 16, as those of pictures: each value is an access of its own then, with its
+# address in registers, which leaves fewer for sums.
+THIN = {
+    "ieee": (Config(64, 32, 16, 4, 3), Config(64, 64, 16, 8, 2)),
+    "tf32": (Config(64, 64, 32, 8, 3),),
+    "bf16": (Config(64, 64, 32, 8, 3),),
 }
 PROGRAMS = 128  # fewer would leave multiprocessors of a large GPU idle
 
@@ -66,8 +82,19 @@ def _finish(
 
 
 @triton.jit
+def _covered(box, start, length, size):
+    """Which places [first, past the last) of a patch that begins at `start` are under the box, whose two ends lie two
+    numbers apart, and in the picture, which is `size` long.
+    """
+    first = tl.minimum(tl.maximum(tl.load(box), 0), size) - start
+    end = tl.minimum(tl.maximum(tl.load(box + 2), 0), size) - start
+    return tl.minimum(tl.maximum(first, 0), length).to(tl.int32), tl.minimum(tl.maximum(end, 0), length).to(tl.int32)
+
+
+@triton.jit
 def conv_delta_kernel(
-    delta,  # [B, h, w, C], pixels and channels dense
+    delta,  # [B, h, w, C], pixels and channels dense; with BOXES [pictures, map_y, map_x, C]
+    boxes,  # [B, 4] int64, with BOXES
     filters,  # [K, taps_y, taps_x, run]
     clean,  # [N, above_y, above_x, K]
     image,  # [B] int64
@@ -93,6 +120,9 @@ def conv_delta_kernel(
     images,  # N
     above_y,
     above_x,
+    pictures,
+    map_y,
+    map_x,
     delta_b,  # strides
     delta_y,
     clean_n,
@@ -103,6 +133,7 @@ def conv_delta_kernel(
     out_x,
     slope,
     upper,
+    BOXES: tl.constexpr,  # the patches are windows of whole pictures, of which what lies under boxes counts
     RECTIFIED: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -126,8 +157,9 @@ def conv_delta_kernel(
     # The first tap in the patch's own rows and columns. What lies too far off to reach it is drawn nearer, so that
     # 32 bits hold it.
     reach_y, reach_x = dilation_y * taps_y, tl.maximum(dilation_x * taps_x, tl.cdiv(run, channels))
-    dy = oy * stride_y - padding_y - tl.load(origin + 2 * b)
-    dx = ox * stride_x - padding_x - tl.load(origin + 2 * b + 1)
+    patch_y, patch_x = tl.load(origin + 2 * b), tl.load(origin + 2 * b + 1)
+    dy = oy * stride_y - padding_y - patch_y
+    dx = ox * stride_x - padding_x - patch_x
     dy = tl.minimum(tl.maximum(dy, -reach_y), height).to(tl.int32)
     dx = tl.minimum(tl.maximum(dx, -reach_x), width).to(tl.int32)
 
@@ -135,22 +167,30 @@ def conv_delta_kernel(
     clean += which * clean_n + oy * clean_y + ox * clean_x
 
     patch = delta + b * delta_b
+    # What of the patch there is: rows [y0, y1), and values [x0, x1) of a row.
+    zero = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    y0, y1, x0, x1 = zero, zero + height, zero, zero + width * channels
+    if BOXES:
+        patch = delta + (which * delta_b + patch_y * delta_y + patch_x * channels)
+        y0, y1 = _covered(boxes + 4 * b, patch_y, height, map_y)
+        x0, x1 = _covered(boxes + 4 * b + 1, patch_x, width, map_x)
+        x0, x1 = x0 * channels, x1 * channels
+        y1 = tl.where((which >= 0) & (which < pictures), y1, 0)
     own = filters + (group * group_filters + n).to(tl.int64) * (taps_y * taps_x * run)
-    line = width * channels
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for tap in range(0, taps_y * taps_x):
         y = dy + (tap // taps_x) * dilation_y
         start = (dx + (tap % taps_x) * dilation_x) * channels + group * run  # in the patch's row, may be before it
-        inside = is_row & (y >= 0) & (y < height)
-        first = tl.maximum(tl.min(tl.where(inside, -start, run), 0), 0) // BLOCK_K * BLOCK_K
-        last = tl.minimum(tl.max(tl.where(inside, line - start, 0), 0), run)
+        inside = is_row & (y >= y0) & (y < y1)
+        first = tl.maximum(tl.min(tl.where(inside, x0 - start, run), 0), 0) // BLOCK_K * BLOCK_K
+        last = tl.minimum(tl.max(tl.where(inside, x1 - start, 0), 0), run)
         from_ = patch + (y.to(tl.int64) * delta_y + start)
         own_tap = own + tap * run
         for j0 in range(first, last, BLOCK_K):
             j = j0 + k
             at = start[:, None] + j[None, :]
-            reached = inside[:, None] & (at >= 0) & (at < line) & (j < run)[None, :]
+            reached = inside[:, None] & (at >= x0[:, None]) & (at < x1[:, None]) & (j < run)[None, :]
             a = tl.load(from_[:, None] + j[None, :], mask=reached, other=0.0)
             f = tl.load(own_tap[None, :] + j[:, None], mask=(j < run)[:, None] & is_filter[None, :], other=0.0)
             if UPCAST:
@@ -168,14 +208,18 @@ def conv_delta_kernel(
     _finish(right, out, clean, is_row, is_known, n + PART, unit, group_filters, slope, upper, RECTIFIED, HAS_SLOPE)
 
 
-def configs(precision: str, capability: int) -> tuple[Config, ...]:
-    """The tiles that a GPU of this compute capability (90: Hopper) takes, from small to large."""
-    return CONFIGS[precision][: 2 if capability < 90 else None]
+def configs(precision: str, capability: int, thin: bool = False) -> tuple[Config, ...]:
+    """The tiles that a GPU of this compute capability (90: Hopper) takes, from small to large; of one that the table
+    does not name those of the nearest below it. thin: for few or odd channels.
+    """
+    if thin:
+        return THIN[precision]
+    return CONFIGS[max((known for known in CONFIGS if known <= capability), default=min(CONFIGS))][precision]
 
 
-def config_of(precision: str, filters: int, rows: int, capability: int = 80) -> Config:
+def config_of(precision: str, filters: int, rows: int, capability: int = 80, thin: bool = False) -> Config:
     """The largest tile that is not mostly padding and leaves enough programs, for so many filters a group and rows."""
-    first, *larger = configs(precision, capability)
+    first, *larger = configs(precision, capability, thin)
     chosen = first
     for config in larger:
         programs = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(filters, config.BLOCK_N)
@@ -189,6 +233,96 @@ def _capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def launch(
+    delta: torch.Tensor,
+    patch: tuple[int, int],
+    boxes: torch.Tensor | None,
+    filters: torch.Tensor,
+    window: tuple,
+    groups: int,
+    image: torch.Tensor,
+    origin: torch.Tensor,
+    out_origin: torch.Tensor,
+    out: torch.Tensor,
+    clean: torch.Tensor | None,
+    slope: float,
+    upper: float,
+    tf32: bool,
+) -> torch.Tensor:
+    """As `conv_delta` and, with boxes, `conv_boxes` have it. patch: the size of the patches."""
+    check(delta=delta, out=out, **({} if clean is None else {"clean": clean}))
+    channels, batch = delta.size(1), len(out)
+    height, width = patch
+    _, units, size_y, size_x = out.shape
+    kernel, stride, padding, dilation = window
+    if not delta.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"delta of strides {delta.stride()}: expected channels last, dense")
+    shape = (units, *kernel, channels // groups)
+    if tuple(filters.shape) != shape or not filters.is_contiguous():
+        raise ValueError(f"filters of {tuple(filters.shape)}: expected {shape}, dense")
+    if filters.dtype != delta.dtype:
+        raise TypeError(f"filters of {filters.dtype}: expected delta's {delta.dtype}")
+    taps, run = kernel, channels // groups
+    if groups == 1 and dilation[1] == 1:
+        taps, run = (kernel[0], 1), kernel[1] * channels
+    span = (width + kernel[1] * dilation[1] + 1) * channels, (height + kernel[0] * dilation[0] + 1)
+    group_filters = units // groups
+    # Triton sees that 16 bytes may move at once where a number is a multiple of 16, and so an address.
+    thin = any(number % 16 for number in (channels, run, delta.data_ptr(), filters.data_ptr()))
+    precision = "bf16" if delta.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    most = (LARGEST - 1024) // max(1, size_y * size_x * triton.cdiv(group_filters, 32))  # patches of one launch
+    if max(*span, kernel[0] * kernel[1] * channels + 1024) > LARGEST or groups > 65535 or most < 1 or max(*stride, *padding) > LARGEST:
+        raise ValueError(f"delta of {tuple(delta.shape)}, a window of {window}: too large for one launch")
+    for begin in range(0, batch if out.numel() else 0, most):
+        some = slice(begin, begin + most)
+        own = delta if boxes is not None else delta[some]
+        count = len(out[some])
+        rows = count * size_y * size_x
+        config = config_of(precision, group_filters, rows, _capability(delta.device), thin)
+        tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(group_filters, config.BLOCK_N)
+        z = out if clean is None else clean
+        with torch.cuda.device_of(delta):
+            conv_delta_kernel[(tiles, groups)](
+                own,
+                image[some] if boxes is None else boxes[some],
+                filters,
+                z,
+                image[some],
+                origin[some],
+                out_origin[some],
+                out[some],
+                rows,
+                height,
+                width,
+                channels,
+                size_y,
+                size_x,
+                group_filters,
+                run,
+                *taps,
+                *stride,
+                *padding,
+                *dilation,
+                len(z),
+                *z.shape[2:],
+                len(delta),
+                *delta.shape[2:],
+                delta.stride(0) if len(own) > 1 else 0,
+                delta.stride(2) if delta.size(2) > 1 else 0,
+                *strides(z),
+                *strides(out),
+                slope,
+                upper,
+                BOXES=boxes is not None,
+                RECTIFIED=clean is not None,
+                HAS_SLOPE=slope != 0,
+                PRECISION="tf32" if precision == "tf32" else "ieee",
+                UPCAST=INTERPRETED and precision == "bf16",
+                **config._asdict(),
+            )
+    return out
 
 
 def conv_delta(
@@ -219,66 +353,6 @@ def conv_delta(
         slope, upper: of the rectifier.
         tf32: round the factors of float32 products to 11 bits, for the tensor cores.
     """
-    check(delta=delta, out=out, **({} if clean is None else {"clean": clean}))
-    batch, channels, height, width = delta.shape
-    _, units, size_y, size_x = out.shape
-    kernel, stride, padding, dilation = window
-    if not delta.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"delta of strides {delta.stride()}: expected channels last, dense")
-    shape = (units, *kernel, channels // groups)
-    if tuple(filters.shape) != shape or not filters.is_contiguous():
-        raise ValueError(f"filters of {tuple(filters.shape)}: expected {shape}, dense")
-    if filters.dtype != delta.dtype:
-        raise TypeError(f"filters of {filters.dtype}: expected delta's {delta.dtype}")
-    taps, run = kernel, channels // groups
-    if groups == 1 and dilation[1] == 1:
-        taps, run = (kernel[0], 1), kernel[1] * channels
-    span = (width + kernel[1] * dilation[1] + 1) * channels, (height + kernel[0] * dilation[0] + 1)
-    group_filters = units // groups
-    precision = "bf16" if delta.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    most = (LARGEST - 1024) // max(1, size_y * size_x * triton.cdiv(group_filters, 32))  # patches of one launch
-    if max(*span, kernel[0] * kernel[1] * channels + 1024) > LARGEST or groups > 65535 or most < 1 or max(*stride, *padding) > LARGEST:
-        raise ValueError(f"delta of {tuple(delta.shape)}, a window of {window}: too large for one launch")
-    for begin in range(0, batch if out.numel() else 0, most):
-        some = slice(begin, begin + most)
-        count = len(delta[some])
-        rows = count * size_y * size_x
-        config = config_of(precision, group_filters, rows, _capability(delta.device))
-        tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(group_filters, config.BLOCK_N)
-        z = out if clean is None else clean
-        with torch.cuda.device_of(delta):
-            conv_delta_kernel[(tiles, groups)](
-                delta[some],
-                filters,
-                z,
-                image[some],
-                origin[some],
-                out_origin[some],
-                out[some],
-                rows,
-                height,
-                width,
-                channels,
-                size_y,
-                size_x,
-                group_filters,
-                run,
-                *taps,
-                *stride,
-                *padding,
-                *dilation,
-                len(z),
-                *z.shape[2:],
-                delta.stride(0) if count > 1 else 0,
-                delta.stride(2) if height > 1 else 0,
-                *strides(z),
-                *strides(out),
-                slope,
-                upper,
-                RECTIFIED=clean is not None,
-                HAS_SLOPE=slope != 0,
-                PRECISION="tf32" if precision == "tf32" else "ieee",
-                UPCAST=INTERPRETED and precision == "bf16",
-                **config._asdict(),
-            )
-    return out
+    return launch(
+        delta, tuple(delta.shape[2:]), None, filters, window, groups, image, origin, out_origin, out, clean, slope, upper, tf32
+    )  # fmt: skip

@@ -32,6 +32,7 @@ import zfcore
 from zfcore import models
 from zfcore.data import find_images, read_image, sample_images
 from zfcore.errors import ArgumentError, DeviceError, UnitNotFound, ZfcoreError
+from zfcore.ops.conv_delta import PRECISIONS
 from zfcore.report import analysis, figures
 from zfcore.report.drawing import plain_text
 from zfcore.report.files import OutputFolder, safe_name
@@ -235,7 +236,7 @@ def _add_occlusion(parser: argparse.ArgumentParser) -> None:
         "convolution, rectified)",
     )
     add("--unit", type=_index, action="append", default=[], metavar="I", help="that unit's map instead")
-    add("--precision", choices=("exact", "bf16"), default="exact")
+    add("--precision", choices=PRECISIONS, default="exact")
 
 
 def _add_running(parser: argparse.ArgumentParser, out: str) -> None:

@@ -23,13 +23,12 @@ from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts
 from zfcore.engine.sweep import Sweep, sweeps
 from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation
-from zfcore.network import evaluating, exact_arithmetic, observing, read_network
-from zfcore.ops.conv_delta import narrow_pays
+from zfcore.network import arithmetic, evaluating, exact_arithmetic, observing, read_network
+from zfcore.ops.conv_delta import PRECISIONS, pays
 
 __all__ = ["Occlusion", "occlusion_map"]
 
 SCORES = ("probability", "logit")
-PRECISIONS = ("exact", "bf16")
 MODES = ("exact", "adaptive")
 
 
@@ -153,8 +152,9 @@ def occlusion_map(
                 a dotted name ("features.10", or "relu@0" for the first call of a module called several
                 times) or a module; the unit is an int, one int for each image, or None for each
                 image's own strongest map on the clean image.
-    precision:  "exact" (the parameters' own dtype, fp32 for most; autocast and TF32 are off for the call) or
-                "bf16" (convolutions and matrix products may read bf16, and accumulate in fp32: where that is faster).
+    precision:  "exact" (the parameters' own dtype, fp32 for most; autocast and TF32 are off for the call), or what the
+                factors of convolutions and matrix products may be rounded to where that is faster: "tf32" (11 bits, on a
+                GPU's tensor cores) or "bf16" (8 bits). Sums are fp32.
     mode:       "exact": every position is measured. "adaptive", which is approximate: positions half a box apart,
                 and all positions of every cell of that coarse grid at whose corners an answer differs; the rest is
                 interpolated, and `error` says how far off that was at a sample of it.
@@ -175,8 +175,8 @@ def occlusion_map(
         raise ArgumentError(f"score: {score!r}; expected one of {SCORES} or a callable")
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
-    if precision == "bf16" and images.dtype == torch.float64:
-        raise ArgumentError("precision: 'bf16' with float64 parameters; expected float32 or narrower ones")
+    if precision != "exact" and images.dtype == torch.float64:
+        raise ArgumentError(f"precision: {precision!r} with float64 parameters; expected float32 or narrower ones")
     if mode not in MODES:
         raise ArgumentError(f"mode: {mode!r}; expected one of {MODES}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
@@ -206,8 +206,7 @@ def occlusion_map(
         known = mode == "exact"  # the bar counts on all positions from the start
         total = count * len(grid) if known else 0
         bar = stack.enter_context(tqdm(total=total, unit="box", desc="occlusion", disable=not progress))
-        narrow = precision == "bf16"
-        sweep = _sweep(model, images, grid, totals, batch_size, strict, narrow)
+        sweep = _sweep(model, images, grid, totals, batch_size, strict, precision)
         # What is left for forwards: images, and positions of others.
         left, again = torch.arange(count, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if sweep is not None:
@@ -216,9 +215,7 @@ def occlusion_map(
                 _measure(changes, chosen, measured, bar, known)
             left, again = changes.left()
         if len(left) or len(again) or not count:
-            stack.enter_context(
-                torch.autocast(device.type, dtype=torch.bfloat16) if narrow else exact_arithmetic(device)
-            )
+            stack.enter_context(arithmetic(device, precision))
             if totals is not None:
                 stack.enter_context(observing(totals.module, totals.see))
             if sweep is not None and known and (done := len(left) * len(grid) + len(again)):
@@ -279,7 +276,7 @@ def _sweep(
     totals: FeatureTotals | None,
     batch_size: int | None,
     strict: bool,
-    narrow: bool,
+    precision: str,
 ) -> Sweep | None:
     """The engine for this network and grid, or None where plain forwards are to be run."""
     try:
@@ -295,8 +292,8 @@ def _sweep(
     if not sweeps(images):
         return None
     device = images.device
-    narrow = narrow and narrow_pays(device)
-    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, device, narrow)
+    precision = precision if pays(precision, device) else "exact"
+    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, device, precision)
     return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
 
 
@@ -319,24 +316,29 @@ class _Changes:
     ):
         self.sweep, self.images, self.fill, self.positions = sweep, images, fill, positions
         self.answers, self.totals = answers, totals
-        # What an infinity differs by from another is no number: images with any are left for forwards.
-        self.finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        self.blurred: list[Tensor] = []  # positions whose differences are too coarse for them
+        # What an infinity differs by from another is no number: images with any are left for forwards. How often one was
+        # seen, by image, and of the positions measured which have differences too coarse for them: looked at when all is
+        # done, so that nothing waits for a GPU until then.
+        self.infinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        self.blurred: list[tuple[Tensor, Tensor]] = []
 
     def left(self) -> tuple[Tensor, Tensor]:
         """The images, and the positions of others, that forwards have to measure."""
-        again = torch.cat([torch.empty(0, dtype=torch.int64, device=self.images.device), *self.blurred])
-        return (~self.finite).nonzero().flatten(), again[self.finite[again // self.positions]]
+        again = torch.empty(0, dtype=torch.int64, device=self.images.device)
+        if self.blurred:
+            places, coarse = map(torch.cat, zip(*self.blurred, strict=True))
+            again = places[coarse]
+        return self.infinite.nonzero().flatten(), again[self.infinite[again // self.positions] == 0]
 
     def groups(self) -> Iterator[Tensor]:
-        for begin, end in self.sweep.image_batches(len(self.images)):
-            yield torch.arange(begin, end, device=self.images.device)
+        for self.first, end in self.sweep.image_batches(len(self.images)):
+            yield torch.arange(self.first, end, device=self.images.device)
 
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         self.group, sweep = group, self.sweep
         self.maps = sweep.up(self.images[group])
         for each in (self.images[group], *self.maps.values()):
-            self.finite[group] &= each.flatten(1).isfinite().all(1)
+            self.infinite[group] += ~each.flatten(1).isfinite().all(1)
         output = self.maps[sweep.output].reshape(len(group), *sweep.output.shape)
         self.largest = output.flatten(1).abs().amax(1)
         scores, labels = self.answers.read(output.clone(memory_format=torch.contiguous_format), group, True)
@@ -349,19 +351,20 @@ class _Changes:
     def measure(self, index: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         if not len(index):
             return
-        first = int(self.group[0])
+        first = self.first
         images, fill = self.images[self.group], self.fill[self.group]
         for own, output, feature in self.sweep.run(images, fill, self.maps, index - first * self.positions):
             image, place = own // self.positions, own + first * self.positions
             owners = first + image
             values = output.flatten(1)
-            self.finite[owners[~values.isfinite().all(1)]] = False
-            self.blurred.append(place[values.abs().amax(1) * LARGER < self.largest[image]])
+            finite = values.isfinite().all(1)
+            self.blurred.append((place, values.abs().amax(1) * LARGER < self.largest[image]))
             scores, labels = self.answers.read(output, owners, False)
             total = None
             if self.totals is not None:
                 total = self.total[image] + self.totals.sum(feature, owners, False)
-                self.finite[owners[~total.isfinite()]] = False
+                finite &= total.isfinite()
+            self.infinite.index_add_(0, owners, (~finite).long())
             yield place, [scores, labels, total]
 
 

@@ -203,10 +203,10 @@ def test_colour_networks_get_colour_pictures_and_imagenets_mean(capsys):
         run("occlude", path, *options, *COARSE, "--mean", "0.5", "--std", "0.2,0.2,0.3", "--out", "out") == 0
     )
     assert "(0.5, 0.5, 0.5)) / (0.2, 0.2, 0.3)" in document("out")["settings"]["pictures"]
-    assert (
-        run("occlude", path, *options, *COARSE, "--fill", "1,0,0.25", "--precision", "bf16", "--out", "o")
-        == 0
-    )
+    for precision in ("bf16", "tf32"):
+        narrow = ("--fill", "1,0,0.25", "--precision", precision, "--out", precision)
+        assert run("occlude", path, *options, *COARSE, *narrow) == 0
+        assert document(precision)["settings"]["occlusion"].endswith(f"precision {precision}")
 
 
 def test_weights_are_loaded_and_hashed(capsys):

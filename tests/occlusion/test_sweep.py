@@ -630,7 +630,7 @@ def test_under_inference_mode(engine):
 @pytest.mark.parametrize("name", ["dense", "branches", "full layers", "depthwise separable"])
 def test_narrow_products_are_close(name, engine, monkeypatch):
     """As on a CPU that multiplies bf16 in pairs; what has none unpacks them."""
-    monkeypatch.setattr("zfcore.occlusion.narrow_pays", lambda device: True)
+    monkeypatch.setattr("zfcore.occlusion.pays", lambda precision, device: True)
     model, images = build(name), pictures(2)
     exact = occlusion_map(model, images, box=9, stride=7, score="logit")
     narrow = occlusion_map(model, images, box=9, stride=7, score="logit", precision="bf16")

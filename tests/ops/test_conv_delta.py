@@ -14,7 +14,7 @@ from changes import EXAMPLES, Sample, cast, close, same_bits
 from running import present, running_on
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DtypeError, ShapeError
 from zfcore.ops import _filters, use_backend
 from zfcore.ops.conv_delta import ConvChange, Limits, Places, conv_delta, delta_filters, is_depthwise
 
@@ -141,7 +141,7 @@ def test_narrow_filters_round_to_bf16_and_sum_in_float32(name):
             own = is_depthwise(weight.shape, step.groups)
             if own or sample.delta.dtype != torch.float32 or not sample.delta.isfinite().all():
                 continue
-            filters = delta_filters(weight, scale, groups=step.groups, narrow=True)
+            filters = delta_filters(weight, scale, groups=step.groups, precision="bf16")
             ours = conv_delta(sample.delta, filters, step, sample.places, clean)
             scaled = weight if scale is None else weight * scale[:, None, None, None]
             clean = None if clean is None else clean.double()
@@ -151,8 +151,23 @@ def test_narrow_filters_round_to_bf16_and_sum_in_float32(name):
 
 
 def test_narrow_filters_of_another_dtype_are_refused():
-    with pytest.raises(DtypeError, match="expected float32 to be rounded"):
-        delta_filters(torch.randn(3, 2, 1, 1, dtype=torch.float64), narrow=True)
+    weight = torch.randn(3, 2, 1, 1, dtype=torch.float64)
+    for precision in ("bf16", "tf32"):
+        with pytest.raises(DtypeError, match=f"expected float32 to be rounded to {precision}"):
+            delta_filters(weight, precision=precision)
+    with pytest.raises(ArgumentError, match="precision: 'fp8'; expected one of"):
+        delta_filters(weight, precision="fp8")
+
+
+@pytest.mark.parametrize("name", present())
+def test_tf32_is_exact_where_there_are_no_tensor_cores(name):
+    with running_on(name):
+        for seed in range(20100, 20110):
+            sample = draw(seed)
+            if sample.delta.dtype == torch.float32:
+                call = sample.call
+                filters = delta_filters(call.weight, call.scale, groups=call.step.groups, precision="tf32")
+                assert same_bits(conv_delta(sample.delta, filters, call.step, sample.places, call.clean), sample.run())
 
 
 def test_the_samples_reach_what_they_should():

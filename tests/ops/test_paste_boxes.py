@@ -55,6 +55,15 @@ def test_equals_the_reference(dtype, isa):
         _C.set_cpu_isa(before)
 
 
+def test_boxes_that_end_at_the_ends_of_int64():
+    pictures, fill, boxes, places = draw(7)
+    low, high = -(2**63), 2**63 - 1
+    for ends in ((low, low, high, high), (high, low, low, high), (low, high, high, high)):
+        boxes = torch.tensor([ends]).expand(len(boxes), 4).contiguous()
+        expected = reference.paste_boxes(pictures, fill, boxes, places)
+        assert torch.equal(paste_boxes(pictures, fill, boxes, places).nan_to_num(7.0), expected.nan_to_num(7.0)), ends
+
+
 def test_same_bits_at_any_number_of_threads():
     case = draw(7)
     one = paste_boxes(*case)

@@ -13,15 +13,15 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zfcore.kernels import _places, conv_delta, lrn_delta, pool_delta, relu_delta
+from zfcore.kernels import _places, conv_delta, conv_delta_depthwise, lrn_delta, pool_delta, relu_delta
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INDICES = ("image", "origin", "out_origin")
+INDICES = ("image", "boxes", "origin", "out_origin")
 FLOATS = ("slope", "upper", "share", "beta", "k")
 
 
-def compile_for(kernel, capability, dtype, constants, warps, stages):
-    """The kernel for pointers to `dtype`, and to float32 clean maps and results."""
+def compile_for(kernel, capability, dtype, constants, warps, stages, odd=()):
+    """The kernel for pointers to `dtype`, and to float32 clean maps and results; odd: numbers that are no multiples."""
     names = kernel.arg_names
     signature = {}
     for name in names:
@@ -40,7 +40,7 @@ def compile_for(kernel, capability, dtype, constants, warps, stages):
     multiples = [
         i
         for i, name in enumerate(names)
-        if name not in constants
+        if name not in (*constants, *odd)
         and (
             name in ("filters", "channels", "group_filters", "run", *strides)
             or (name.rsplit("_", 1)[0] in strides and name != "out_origin")
@@ -83,10 +83,15 @@ def report(compiled, capability) -> dict:
 def with_ones(capability: int) -> int:
     """Compiles each kernel with ones among its numbers, which a launch makes constants of; returns how many."""
     done, drawn = 0, random.Random(0)
-    product = {"RECTIFIED": True, "HAS_SLOPE": True, "PRECISION": "ieee", "UPCAST": False}
+    product = {"BOXES": False, "RECTIFIED": True, "HAS_SLOPE": True, "PRECISION": "ieee", "UPCAST": False}
     pixels = {"BLOCK_P": 16, "BLOCK_C": 64}
     for kernel, constants in (
         (conv_delta.conv_delta_kernel, {**product, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}),
+        (conv_delta.conv_delta_kernel, {**product, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "BOXES": True}),
+        (
+            conv_delta_depthwise.conv_delta_depthwise_kernel,
+            {**pixels, "RECTIFIED": True, "HAS_SLOPE": True},
+        ),
         (pool_delta.pool_delta_kernel, pixels),
         (lrn_delta.lrn_delta_kernel, {**pixels, "ROOTS": False}),
         (relu_delta.relu_delta_kernel, {**pixels, "HAS_SLOPE": True}),
@@ -102,10 +107,13 @@ def with_ones(capability: int) -> int:
 
 def main(capability: int) -> list[dict]:
     found = []
-    for precision in conv_delta.CONFIGS:
-        for config in conv_delta.configs(precision, capability):
-            for clean in (True, False):
+    for precision in conv_delta.CONFIGS[capability]:
+        wide, thin = (conv_delta.configs(precision, capability, thin) for thin in (False, True))
+        cases = (("conv_delta", wide, True), ("conv_delta", wide, False), ("conv_delta thin", thin, True), ("conv_boxes", thin, True))
+        for name, configs, clean in cases:
+            for config in configs:
                 constants = {
+                    "BOXES": name == "conv_boxes",
                     "RECTIFIED": clean,
                     "HAS_SLOPE": False,
                     "PRECISION": "tf32" if precision == "tf32" else "ieee",
@@ -113,12 +121,18 @@ def main(capability: int) -> list[dict]:
                     **{name: getattr(config, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
                 }
                 dtype = "bf16" if precision == "bf16" else "fp32"
+                odd = () if configs is wide else ("channels", "run", "delta_b", "delta_y")
                 compiled = compile_for(
-                    conv_delta.conv_delta_kernel, capability, dtype, constants, config.num_warps, config.num_stages
+                    conv_delta.conv_delta_kernel, capability, dtype, constants, config.num_warps, config.num_stages, odd
                 )
-                names = {"kernel": "conv_delta", "precision": precision, "config": list(config), "rectified": clean}
+                names = {"kernel": name, "precision": precision, "config": list(config), "rectified": clean}
                 found.append({**names, **report(compiled, capability)})
     others = {
+        "conv_delta_depthwise": (
+            conv_delta_depthwise.conv_delta_depthwise_kernel,
+            _places.CONFIGS,
+            {"RECTIFIED": True, "HAS_SLOPE": False},
+        ),
         "pool_delta": (pool_delta.pool_delta_kernel, _places.CONFIGS, {}),
         "lrn_delta": (lrn_delta.lrn_delta_kernel, _places.CONFIGS, {"ROOTS": True}),
         "relu_delta": (relu_delta.relu_delta_kernel, _places.CONFIGS, {"HAS_SLOPE": False}),

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from zfcore import occlusion_map, reference, use_backend
 from zfcore.errors import BackendUnavailable, DtypeError
 from zfcore.kernels import conv_delta as conv_kernel
+from zfcore.kernels import conv_delta_depthwise as depthwise_kernel
 from zfcore.kernels import lrn_delta as lrn_kernel
 from zfcore.kernels import pool_delta as pool_kernel
 from zfcore.kernels import relu_delta as relu_kernel
 from zfcore.ops import _library
+from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
+from zfcore.ops.paste_boxes import paste_boxes
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import ConvChange, Limits, Lrn, Places
@@ -45,15 +48,18 @@ class Drawn:
         return conv_delta(self.delta[some], filters, self.step, places, self.clean, out)
 
 
-def draw(seed: int) -> Drawn:
+def draw(seed: int, groups: int = 0) -> Drawn:
+    """groups: of one channel each, which every fourth time has two filters."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    groups = rng.choice([1, 1, 1, 2, 3])
-    channels, units = groups * rng.choice([1, 2, 3, 5, 16, 20]), groups * rng.choice([1, 4, 7, 16, 33])
+    channels, units = groups, groups * (2 if seed % 4 == 3 else 1)
+    if not groups:
+        groups = rng.choice([1, 1, 1, 2, 3])
+        channels, units = groups * rng.choice([1, 2, 3, 5, 16, 20]), groups * rng.choice([1, 4, 7, 16, 33])
     window = tuple(tuple(rng.randint(*span) for _ in "yx") for span in ((1, 4), (1, 3), (0, 2), (1, 2)))
     kernel, stride, padding, dilation = window
     size = [rng.randint(8, 14) for _ in "yx"]
-    if seed % 7 == 6:  # a full layer
+    if seed % 7 == 6 and channels != groups:  # a full layer
         groups, window = 1, (tuple(size), (1, 1), (0, 0), (1, 1))
         kernel, stride, padding, dilation = window
     above = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *window)]
@@ -90,6 +96,87 @@ def drawn_convolutions():
     for seed in range(21):
         case = draw(seed)
         assert_close(case.got(), case.expected(), seed)
+
+
+def each_channel_by_itself():
+    """Depthwise filters, whose kernel is another; with two filters a channel it is conv_delta's."""
+    launched = []
+    own = depthwise_kernel.conv_delta_depthwise
+    depthwise_kernel.conv_delta_depthwise = lambda *a: launched.append(1) or own(*a)
+    for seed in range(60, 72):
+        case = draw(seed, groups=random.Random(seed).choice([2, 5, 16, 40]))
+        assert_close(case.got(), case.expected(), seed)
+        assert bool(launched) == (seed % 4 != 3), seed
+        launched.clear()
+    case = draw(61, groups=5)
+    whole, (_, _, height, width) = case.got(), case.got().shape
+    depthwise_kernel.launches.__globals__["LARGEST"] = 1024 + 2 * height * width  # two patches a launch
+    assert torch.equal(case.got(), whole)
+    depthwise_kernel.launches.__globals__["LARGEST"] = 2**31 - 1
+    case.delta[0] = torch.nan
+    assert torch.equal(case.got().isnan(), case.expected().isnan())
+
+
+def boxes():
+    """What boxes cover, read in place: boxes cut at the edges of patches and of pictures, and places that are none."""
+    for seed in range(14):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        case = draw(seed if seed % 7 != 6 else seed + 1)
+        size, patch = case.step.map, tuple(case.delta.shape[2:])
+        batch, images = len(case.delta), 2
+        change = torch.randn(images, case.delta.size(1), *size)
+        ends = []
+        for axis in (0, 1):
+            first = case.places.origin[:, axis] + torch.randint(-2, patch[axis], (batch,))
+            ends.append((first, first + torch.randint(0, patch[axis] + 3, (batch,))))
+        (y0, y1), (x0, x1) = ends
+        covered = torch.stack((y0, x0, y1, x1), 1)
+        if seed == 3:
+            covered[0] = torch.tensor([-(2**63), -(2**63), 2**63 - 1, 2**63 - 1])
+        precision = rng.choice(["exact", "tf32"])
+        filters = delta_filters(case.weight, case.scale, groups=case.step.groups, precision=precision)
+        wide = [None if x is None else x.double() for x in (case.clean, case.scale)]
+        expected = reference.conv_boxes(
+            change.double(), covered, patch, case.weight.double(), case.step, case.places, *wide
+        )
+
+        def got(change=change, places=case.places, covered=covered, filters=filters):
+            return conv_boxes(change, covered, patch, filters, case.step, places, case.clean)
+
+        whole = got()
+        assert_close(whole, expected, seed)
+        # The bits are conv_delta's of the same patches.
+        with use_backend("cpu"):
+            nothing = torch.zeros(()).expand(change.shape)
+            delta = paste_boxes(nothing, change, covered, case.places._replace(size=patch))
+        assert torch.equal(conv_delta(delta, filters, case.step, case.places, case.clean), whole), seed
+
+        # What is under no box is not looked at.
+        holes = torch.full_like(change, torch.nan)
+        for b, (top, left, bottom, right) in enumerate(covered.clamp(-100, 100).tolist()):
+            n = int(case.places.image[b])
+            rows, columns = slice(max(top, 0), max(bottom, 0)), slice(max(left, 0), max(right, 0))
+            holes[n, :, rows, columns] = change[n, :, rows, columns]
+        assert torch.equal(got(holes), whole), seed
+
+        narrow = delta_filters(case.weight, case.scale, groups=case.step.groups, precision="bf16")
+        with use_backend("reference"):
+            expected = got(filters=narrow).double()
+        assert_close(got(filters=narrow), expected, (seed, "bf16"))
+
+    # A patch of no picture, or outside of its own, reads nothing: it changes nothing, or has no clean map to change.
+    for name, bad in (("image", 2), ("image", -1), ("origin", 10**12), ("origin", -(10**12)), ("origin", -(2**63))):
+        value = getattr(case.places, name).clone()
+        value[0] = bad
+        result = got(places=case.places._replace(**{name: value}))
+        assert torch.equal(result[1:], whole[1:]), name
+        if name == "image" and case.clean is not None:
+            assert result[0].isnan().all()
+        else:
+            assert not result[0].any(), name
+    empty = Places(*(x[:0] for x in case.places[:3]), case.places.size)
+    assert got(places=empty, covered=covered[:0]).shape == (0, *whole.shape[1:])
 
 
 def convolution_edges():
@@ -188,11 +275,11 @@ def halves():
 
     for seed in (41, 43, 47):  # the op asked to round to bf16
         case = draw(seed)
-        filters = delta_filters(case.weight, case.scale, groups=case.step.groups, narrow=True)
+        filters = delta_filters(case.weight, case.scale, groups=case.step.groups, precision="bf16")
         got = conv_delta(case.delta, filters, case.step, case.places, case.clean)
         with use_backend("reference"):
             expected = conv_delta(case.delta, filters, case.step, case.places, case.clean)
-        assert_close(got, expected.double(), (seed, "narrow"))
+        assert_close(got, expected.double(), (seed, "bf16"))
 
 
 def others():
@@ -273,7 +360,7 @@ def engine():
     assert torch.equal(got.labels, expected.labels)
 
 
-CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, halves, others, engine)}
+CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, halves, others, engine)}
 
 if __name__ == "__main__":
     check = CHECKS[sys.argv[1]]

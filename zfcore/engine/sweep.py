@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zfcore.network import Network, Stage, Window, scale_of
 from zfcore.ops._library import runs_on
+from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters, is_depthwise
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.paste_boxes import paste_boxes
@@ -36,6 +37,7 @@ CLEAN_BYTES = 512 * 2**20  # of the clean maps of one batch of images
 CHANGE_BYTES = 160 * 2**20  # of the changes of one batch of positions
 MOST_POSITIONS = 1024  # of a batch, which shares one reading of the filters
 LANES = 16  # outputs that conv_delta works out at once
+ALIGNED = 4  # values: changes begin at multiples of 16 bytes, which move at once
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
 
 
@@ -114,6 +116,7 @@ class _Step:
     before: Stage | None = None  # what the rectifier reads that is done with a convolution
     filters: DeltaFilters | None = None
     convolution: ConvChange | None = None
+    factor: Tensor | None = None  # what a change is multiplied by
 
 
 class _Batch:
@@ -123,6 +126,8 @@ class _Batch:
         self.image, self.row, self.column, self.maps, self.starts = image, row, column, maps, starts
         self.each = torch.arange(len(image), device=image.device)
         self.changes: dict[Stage, Tensor] = {}
+        self.boxes: Tensor | None = None  # [B, 4]: y0, x0, y1, x1 in pixels
+        self.covered: Tensor | None = None  # [N, C, H, W]: what each picture changes by where it is covered
 
     def origin(self, rects: Rects) -> Tensor:
         """Where each position's rectangle begins, [B, 2]."""
@@ -139,8 +144,8 @@ class Sweep:
     """A network made ready for one grid of boxes.
 
     network: read up to its output. feature: a stage of it whose changes are asked for, or None. y, x: the boxes' spans
-    [begin, end) in pixels. dtype: float32 or float64. device: of the network and the images. narrow: products read bf16
-    and sum in float32.
+    [begin, end) in pixels. dtype: float32 or float64. device: of the network and the images. precision: of the products,
+    "exact", "tf32" or "bf16"; they sum in float32 at least.
     """
 
     def __init__(
@@ -152,11 +157,11 @@ class Sweep:
         dtype: torch.dtype,
         batch_size: int | None,
         device: torch.device = torch.device("cpu"),
-        narrow: bool = False,
+        precision: str = "exact",
     ):
         self.network, self.feature, self.dtype, self.device = network, feature, dtype, device
         self.picture, self.output = network.stages[0], network.layer
-        self.boxes, self.narrow = (y, x), narrow
+        self.boxes, self.precision = (y, x), precision
         self.readers = network.consumers()
         self.rects = {self.picture: Rects.fitted(list(y), list(x), self.picture.shape[1:])}
         self.steps: list[_Step] = []
@@ -171,6 +176,7 @@ class Sweep:
         self.rank = _tiled(len(y), len(x)).argsort().to(device)
         self.spans = tuple(torch.tensor(axis, device=device).reshape(-1, 2) for axis in self.boxes)
         self.starts: dict[Rects, tuple[Tensor, Tensor]] = {}
+        self.pairs: dict[Pair, Tensor] = {}
         self.offset, self.length = self.plan_memory()
         most = CHANGE_BYTES // (max(self.length, 1) * dtype.itemsize)
         self.chosen_size = batch_size
@@ -201,13 +207,13 @@ class Sweep:
             return self.plan_product(stage)
         source = stage.inputs[0]
         below = self.rects[source]
-        run, clean, own = Sweep.change_any, (*stage.inputs, stage), None
+        run, clean, own, factor = Sweep.change_any, (*stage.inputs, stage), None, None
         if stage.kind == "relu":
             run, clean, own = Sweep.change_relu, (source,), below
         elif stage.kind == "lrn":
             run, clean, own = Sweep.change_lrn, (source, stage), below
         elif stage.kind in ("batch_norm", "scale"):
-            run, clean, own = Sweep.change_scale, (), below
+            run, clean, own, factor = Sweep.change_scale, (), below, self.factor(stage)
         elif stage.kind == "identity" or self.stays_patch(stage):
             run, clean, own = Sweep.change_nothing, (), below
         elif stage.kind == "max_pool":
@@ -225,7 +231,7 @@ class Sweep:
         elif options.get("mean"):
             run, clean = Sweep.change_mean, ()
         self.rects[stage] = own or below.whole(_size(stage))
-        return _Step(stage, list(stage.inputs), run, clean)
+        return _Step(stage, list(stage.inputs), run, clean, factor=factor)
 
     def stays_patch(self, stage: Stage) -> bool:
         """Whether a map that is laid out in a row may stay a patch: full layers read it, as filters of its size."""
@@ -262,15 +268,16 @@ class Sweep:
         pairs = below.pairs(window, above)
         wide = -(-shape[0] // groups // LANES) * LANES * groups  # outputs, in whole blocks
         wide = shape[0] if is_depthwise(shape, groups) else wide
+        alone = source is self.picture is not self.feature and len(self.readers[source]) == 1
         return _Step(
             result,
             [source],
-            Sweep.change_product,
+            Sweep.change_boxes if stage.kind == "conv" and alone else Sweep.change_product,
             (before,) if before else (),
             macs=pairs * shape[1] * wide,
             plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             before=before,
-            filters=delta_filters(weight, scale, shape, groups, self.narrow),
+            filters=delta_filters(weight, scale, shape, groups, self.precision),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),
         )
 
@@ -286,7 +293,8 @@ class Sweep:
     @property
     def finite(self) -> bool:
         """Whether all filters are: a zero change times an infinite filter is no zero."""
-        return all(step.filters is None or step.filters.finite for step in self.steps)
+        each = [torch.as_tensor(step.filters.finite) for step in self.steps if step.filters is not None]
+        return not each or bool(torch.stack(each).all())  # waited for once
 
     def plan_memory(self) -> tuple[dict[Stage, int], int]:
         """Where the changes of a position lie in one piece of memory, in values, and how long it is.
@@ -312,8 +320,9 @@ class Sweep:
                     break
                 begin = end
             offset[step.result] = begin
-            live = sorted([*live, (begin, begin + size, step.result)], key=lambda block: block[0])
-            length = max(length, begin + size)
+            end = -(-(begin + size) // ALIGNED) * ALIGNED
+            live = sorted([*live, (begin, end, step.result)], key=lambda block: block[0])
+            length = max(length, end)
         return offset, length
 
     def channels(self, stage: Stage) -> int:
@@ -359,11 +368,17 @@ class Sweep:
             size = -(-len(index) // -(-len(index) // size))  # batches of near-equal sizes
         if self.memory is None or len(self.memory) < size * self.length:
             self.memory = torch.empty(size * self.length, dtype=self.dtype, device=self.device)
+        covered = None
+        if any(step.run is Sweep.change_boxes for step in self.steps):
+            covered = torch.sub(fill, images).contiguous(memory_format=torch.channels_last)
         order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
         for own in index[order].split(size):
             position = own % per_image
             batch = _Batch(own // per_image, position // columns, position % columns, maps, self.starts)
-            batch.changes[self.picture] = self.painted(images, fill, batch)
+            (y0, y1), (x0, x1) = (spans[at].unbind(1) for spans, at in zip(self.spans, (batch.row, batch.column)))
+            batch.boxes, batch.covered = torch.stack((y0, x0, y1, x1), 1), covered
+            if covered is None:
+                batch.changes[self.picture] = self.painted(images, fill, batch)
             feature = batch.changes[self.picture].clone() if self.feature is self.picture else None
             for step in self.steps:
                 change = batch.changes[step.result] = step.run(self, step, batch)
@@ -378,14 +393,14 @@ class Sweep:
         """What the boxes change the pictures by."""
         rects = self.rects[self.picture]
         origin = batch.origin(rects)
-        (y0, y1), (x0, x1) = (spans[at].unbind(1) for spans, at in zip(self.spans, (batch.row, batch.column)))
-        places = Places(batch.image, origin, origin, rects.size)
-        return paste_boxes(images, fill, torch.stack((y0, x0, y1, x1), 1), places)
+        return paste_boxes(images, fill, batch.boxes, Places(batch.image, origin, origin, rects.size))
 
     # -- the steps
 
     def pair(self, pair: Pair) -> Tensor:
-        return torch.tensor(pair, device=self.device)
+        if tuple(pair) not in self.pairs:  # kept: on a GPU each would be a copy to wait for
+            self.pairs[tuple(pair)] = torch.tensor(pair, device=self.device)
+        return self.pairs[tuple(pair)]
 
     def factor(self, stage: Stage) -> Tensor:
         return torch.as_tensor(scale_of(stage), dtype=self.dtype, device=self.device)
@@ -404,6 +419,11 @@ class Sweep:
         clean = batch.maps[step.before] if step.before else None
         change, out = batch.changes[step.sources[0]], self.result(step, batch)
         return conv_delta(change, step.filters, step.convolution, self.places(step, batch), clean, out)
+
+    def change_boxes(self, step: _Step, batch: _Batch) -> Tensor:
+        clean = batch.maps[step.before] if step.before else None
+        patch, places, out = self.rects[self.picture].size, self.places(step, batch), self.result(step, batch)
+        return conv_boxes(batch.covered, batch.boxes, patch, step.filters, step.convolution, places, clean, out)
 
     def change_relu(self, step: _Step, batch: _Batch) -> Tensor:
         source, out = step.sources[0], self.result(step, batch)
@@ -424,8 +444,7 @@ class Sweep:
         )
 
     def change_scale(self, step: _Step, batch: _Batch) -> Tensor:
-        factor = self.factor(step.result)
-        return torch.mul(batch.changes[step.sources[0]], factor, out=self.result(step, batch))
+        return torch.mul(batch.changes[step.sources[0]], step.factor, out=self.result(step, batch))
 
     def change_nothing(self, step: _Step, batch: _Batch) -> Tensor:
         return batch.changes[step.sources[0]]

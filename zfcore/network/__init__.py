@@ -1,7 +1,7 @@
 """Reads a network into stages with receptive-field geometry."""
 
 from zfcore.network.geometry import Field, Window
-from zfcore.network.guard import evaluating, exact_arithmetic, observing
+from zfcore.network.guard import arithmetic, evaluating, exact_arithmetic, observing
 from zfcore.network.operations import rule_of_call
 from zfcore.network.reader import Network, read_network, resolve_layer
 from zfcore.network.stages import Rectifier, Stage, scale_of
@@ -12,6 +12,7 @@ __all__ = [
     "Rectifier",
     "Stage",
     "Window",
+    "arithmetic",
     "evaluating",
     "exact_arithmetic",
     "observing",

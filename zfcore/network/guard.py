@@ -79,36 +79,53 @@ def observing(module: nn.Module, see: Callable[[object], None]) -> Iterator[None
         handle.remove()
 
 
-class _FullPrecision:
-    """fp32 products in fp32 and the same bits twice: no TF32, no narrow matrix products.
+class _Products:
+    """What products of fp32 may round to, "exact" (nothing) or "tf32", and the same bits twice.
 
-    These switches are the process's, so the first user turns them and the last one turns them back.
+    These switches are the process's, so the first user turns them and the last one turns them back. While any call wants
+    exact products, all have them: TF32 is a permission.
     """
 
     def __init__(self) -> None:
-        self.users = 0
+        self.users = {"exact": 0, "tf32": 0}
+        self.turned: str | None = None
         self.undo = contextlib.ExitStack()
 
-    def __enter__(self) -> None:
-        with _lock:
-            if self.users == 0:
-                before = torch.get_float32_matmul_precision()
-                if before != "highest":
-                    torch.set_float32_matmul_precision("highest")
-                    self.undo.callback(torch.set_float32_matmul_precision, before)
-                cudnn = torch.backends.cudnn
-                self.turn(cudnn, "deterministic", True)
-                try:
-                    self.turn(cudnn, "allow_tf32", False)
-                except RuntimeError:  # convolutions were set apart from RNNs, which the newer switch can express
-                    self.turn(cudnn.conv, "fp32_precision", "ieee")
-            self.users += 1
+    @contextlib.contextmanager
+    def of(self, precision: str) -> Iterator[None]:
+        self.count(precision, 1)
+        try:
+            yield
+        finally:
+            self.count(precision, -1)
 
-    def __exit__(self, *_: object) -> None:
+    def count(self, precision: str, users: int) -> None:
         with _lock:
-            self.users -= 1
-            if self.users == 0:
+            self.users[precision] += users
+            wanted = next((name for name, count in self.users.items() if count), None)
+            if wanted != self.turned:
                 self.undo.close()
+                self.turned = wanted
+                if wanted is not None:
+                    self.turn_to(wanted == "tf32")
+
+    def turn_to(self, tf32: bool) -> None:
+        older, newer = ("high", "tf32") if tf32 else ("highest", "ieee")
+        backends = torch.backends
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by the newer switches, of which the older one cannot speak
+            for owner in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
+                self.turn(owner, "fp32_precision", newer)
+        else:
+            if before != older:
+                torch.set_float32_matmul_precision(older)
+                self.undo.callback(torch.set_float32_matmul_precision, before)
+        self.turn(backends.cudnn, "deterministic", True)
+        try:
+            self.turn(backends.cudnn, "allow_tf32", tf32)
+        except RuntimeError:  # convolutions were set apart from RNNs, which the newer switch can express
+            self.turn(backends.cudnn.conv, "fp32_precision", newer)
 
     def turn(self, owner: object, name: str, value: object) -> None:
         before = getattr(owner, name)
@@ -117,11 +134,25 @@ class _FullPrecision:
             self.undo.callback(setattr, owner, name, before)
 
 
-_full_precision = _FullPrecision()
+_products = _Products()
 
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """The model's own precision, whatever autocast or TF32 setting surrounds the call."""
-    with torch.autocast(device.type, enabled=False), _full_precision:
+    with torch.autocast(device.type, enabled=False), _products.of("exact"):
         yield
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """How the model's own operations compute: "exact"; "tf32", which only GPUs have; or "bf16", under autocast."""
+    if precision == "bf16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    elif precision == "tf32" and device.type == "cuda":
+        with torch.autocast(device.type, enabled=False), _products.of("tf32"):
+            yield
+    else:
+        with exact_arithmetic(device):
+            yield

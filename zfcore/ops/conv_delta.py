@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _change, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import ConvChange, Limits, Places
 
+PRECISIONS = ("exact", "tf32", "bf16")  # of products; sums are float32 and wider
 KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
 SLICE_BYTES = 64 * 2**20
 
@@ -19,50 +20,56 @@ SLICE_BYTES = 64 * 2**20
 class DeltaFilters(NamedTuple):
     """The filters of a convolution of changes, ready for the backend.
 
-    weight: [K, C / groups, kh, kw]. scale: [K] or None. narrow: whether they, and the changes that they meet, are
-    rounded to bf16. packed: as `reader` reads them, an instruction set of the CPU or "triton"; None where they are packed
-    at each call. finite: whether all are.
+    weight: [K, C / groups, kh, kw]. scale: [K] or None. precision: what they, and the changes that they meet, are rounded
+    to: "exact" (not at all), "tf32" or "bf16". packed: as `reader` reads them, an instruction set of the CPU or "triton";
+    None where they are packed at each call. finite: whether all are; on a GPU a tensor, which nobody has waited for.
     """
 
     weight: torch.Tensor
     groups: int
     scale: torch.Tensor | None
     packed: torch.Tensor | None
-    finite: bool
-    narrow: bool = False
+    finite: bool | torch.Tensor
+    precision: str = "exact"
     reader: str = ""
 
 
-def narrow_pays(device: torch.device) -> bool:
-    """Whether products of bf16 are faster there than those of float32."""
-    return device.type == "cpu" and native is not None and _has_narrow_products()
+def pays(precision: str, device: torch.device) -> bool:
+    """Whether products of that precision are faster there than those of float32: on the tensor cores of a GPU, and bf16
+    on CPUs that multiply it in pairs.
+    """
+    if device.type == "cuda":
+        return True
+    return precision == "bf16" and device.type == "cpu" and native is not None and _has_narrow_products()
 
 
 def _has_narrow_products() -> bool:
     return native.cpu_isa() == "avx512" and native.cpu_features()["avx512_bf16"]
 
 
-def _plain_filters(weight, scale, shape, groups, narrow):
+def _plain_filters(weight, scale, shape, groups, precision):
     finite = bool(weight.isfinite().all()) and (scale is None or bool(scale.isfinite().all()))
-    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, narrow)
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, precision)
 
 
-def _packed_filters(weight, scale, shape, groups, narrow):
+def _packed_filters(weight, scale, shape, groups, precision):
     if weight.nbytes > KEPT_BYTES and groups == 1:
         extremes = torch.stack([*weight.aminmax(), *([] if scale is None else scale.aminmax())])
         finite = bool(extremes.isfinite().all())
-        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, narrow)
-    packed, finite = _filters.for_delta(weight, scale, shape, groups, narrow)
-    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, narrow, native.cpu_isa())
+        return DeltaFilters(weight.detach().reshape(shape), groups, scale, None, finite, precision)
+    packed, finite = _filters.for_delta(weight, scale, shape, groups, precision == "bf16")
+    return DeltaFilters(weight.detach().reshape(shape), groups, scale, packed, finite, precision, native.cpu_isa())
 
 
-def _triton_filters(weight, scale, shape, groups, narrow):
+def _triton_filters(weight, scale, shape, groups, precision):
     if weight.dtype != torch.float32:
         raise DtypeError(f"weight of {weight.dtype}: the Triton kernels take float32; use_backend('reference') runs it")
     weight = weight.detach().reshape(shape)
     packed = weight if scale is None else weight * scale.detach().to(weight.dtype)[:, None, None, None]
-    packed = packed.permute(0, 2, 3, 1).to(torch.bfloat16 if narrow else packed.dtype).contiguous()  # [K, kh, kw, C / groups]
-    return DeltaFilters(weight, groups, scale, packed, bool(packed.isfinite().all()), narrow, "triton")
+    # [K, kh, kw, C / groups], or [kh, kw, 1, K] where each channel has a filter of its own: neighbours are read together.
+    packed = packed.permute(2, 3, 1, 0) if is_depthwise(shape, groups) else packed.permute(0, 2, 3, 1)
+    packed = packed.to(torch.bfloat16 if precision == "bf16" else packed.dtype).contiguous()
+    return DeltaFilters(weight, groups, scale, packed, packed.isfinite().all(), precision, "triton")
 
 
 _prepare = choosing(
@@ -80,7 +87,7 @@ def delta_filters(
     scale: torch.Tensor | None = None,
     shape: tuple[int, int, int, int] | None = None,
     groups: int = 1,
-    narrow: bool = False,
+    precision: str = "exact",
 ) -> DeltaFilters:
     """The filters for ``conv_delta``, on the backend that is chosen now; their packing is kept while the weight lives.
 
@@ -90,20 +97,23 @@ def delta_filters(
         scale: [K], multiplies what each filter gives; None for one.
         shape: [K, C / groups, kh, kw].
         groups: of the channels.
-        narrow: round them, and the changes that they meet, to bf16; float32 only, and not where each channel has a
-            filter of its own. Sums stay in float32.
+        precision: what they, and the changes that they meet, are rounded to: "exact" for not at all; "bf16", float32 only;
+            "tf32", float32 too, where tensor cores round to 11 bits: everywhere else that is exact. Where each channel
+            has a filter of its own, all are. Sums stay in float32.
     """
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
     if weight.dtype not in _change.DTYPES or 0 in weight.shape:
         raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
-    if narrow and weight.dtype != torch.float32:
-        raise DtypeError(f"weight of {weight.dtype}: expected float32 to be rounded to bf16")
+    if precision != "exact" and weight.dtype != torch.float32:
+        raise DtypeError(f"weight of {weight.dtype}: expected float32 to be rounded to {precision}")
     shape = tuple(weight.shape) if shape is None else tuple(shape)
-    return _prepare(weight, scale, shape, groups, narrow and not is_depthwise(shape, groups))
+    return _prepare(weight, scale, shape, groups, "exact" if is_depthwise(shape, groups) else precision)
 
 
 def _reference(delta, filters, step, places, clean, out):
     weight, scale = filters.weight, filters.scale
-    if filters.narrow:
+    if filters.precision == "bf16":
         weight = weight if scale is None else weight * scale[:, None, None, None]
         weight, scale, delta = weight.bfloat16().to(delta.dtype), None, delta.bfloat16().to(delta.dtype)
     result = reference.conv_delta(delta, weight, step, places, clean, scale)
@@ -118,7 +128,7 @@ def _by_slices(delta, filters, step, places, clean, out):
         own = slice(first, first + count)
         scale = None if filters.scale is None else filters.scale[own].to(delta.dtype).contiguous()
         packed, finite = _filters.pack_for_delta(
-            filters.weight[own].contiguous(), scale, step.groups, filters.narrow
+            filters.weight[own].contiguous(), scale, step.groups, filters.precision == "bf16"
         )
         some = filters._replace(
             weight=filters.weight[own], scale=scale, packed=packed, finite=finite, reader=native.cpu_isa()
@@ -146,22 +156,75 @@ def _cpu(delta, filters, step, places, clean, out):
         tuple(step.above),
         tuple(map(tuple, step.window)),
         step.groups,
-        filters.narrow,
+        filters.precision == "bf16",
         *step.rectifier,
         _boundary.threads(),
     )
     return out
 
 
+def for_triton(filters: DeltaFilters) -> DeltaFilters:
+    """The filters as the Triton kernels read them, also where they were made ready for another backend."""
+    if filters.reader == "triton":
+        return filters
+    shape = tuple(filters.weight.shape)
+    return _triton_filters(filters.weight, filters.scale, shape, filters.groups, filters.precision)
+
+
 def _triton(delta, filters, step, places, clean, out):
     delta, clean = _change.for_triton(delta, clean)
-    if filters.reader != "triton":
-        filters = _triton_filters(filters.weight, filters.scale, tuple(filters.weight.shape), filters.groups, filters.narrow)
+    filters = for_triton(filters)
     out = _change.empty(delta, len(filters.weight), places, out)
-    own = (x.contiguous() for x in places[:3])
+    own = tuple(x.contiguous() for x in places[:3])
+    if is_depthwise(filters.weight.shape, step.groups):
+        launch = triton_kernel("conv_delta_depthwise")
+        return launch(delta, filters.packed, step.window, *own, out, clean, *step.rectifier)
+    if _is_full(delta, filters, step, places):
+        return _full_layer(delta, filters, step, own, clean, out)
     return triton_kernel("conv_delta")(
-        delta.to(filters.packed.dtype), filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier
+        delta.to(filters.packed.dtype), filters.packed, step.window, step.groups, *own, out, clean, *step.rectifier,
+        tf32=filters.precision == "tf32",
+    )  # fmt: skip
+
+
+def _is_full(delta, filters, step, places) -> bool:
+    """Whether this is a full layer, whose patches are whole maps, and the library's product is as exact as was asked."""
+    return (
+        filters.precision == "exact"
+        and step.groups == 1
+        and tuple(delta.shape[2:]) == tuple(step.map) == tuple(step.window[0])
+        and tuple(step.window[2]) == (0, 0)
+        and tuple(places.size) == tuple(step.above) == (1, 1)
+        and torch.backends.cuda.matmul.fp32_precision != "tf32"
     )
+
+
+def _full_layer(delta, filters, step, own, clean, out):
+    """As one matrix product: a row is a map."""
+    flat = delta.permute(0, 2, 3, 1).flatten(1), filters.packed.flatten(1)
+    torch.mm(flat[0], flat[1].T, out=out[:, :, 0, 0])
+    if clean is None:
+        return out
+    return triton_kernel("relu_delta")(out, clean, own[0], own[2], out, *step.rectifier)
+
+
+def check_filters(
+    change: torch.Tensor, filters: DeltaFilters, step: ConvChange, clean: torch.Tensor | None
+) -> None:
+    """That the filters take what changes, and give what the clean outputs are."""
+    k, c, *kernel = filters.weight.shape
+    fits = c * step.groups == change.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
+    if not fits or filters.groups != step.groups:
+        raise ShapeError(
+            f"filters of {tuple(filters.weight.shape)} in {filters.groups} groups: they do not take {change.size(1)} "
+            f"channels in {step.groups} groups and a window of {step.window[0]}"
+        )
+    if min(*step.window[1], *step.window[3]) < 1 or 0 in filters.weight.shape:
+        raise ShapeError(f"a window of {step.window} and filters of {tuple(filters.weight.shape)}: expected none of 0")
+    if filters.weight.dtype != change.dtype:
+        raise ShapeError(f"filters of {filters.weight.dtype}: expected the changes' {change.dtype}")
+    if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):
+        raise ShapeError(f"clean of {tuple(clean.shape)}: expected [N, {k}, *{tuple(step.above)}]")
 
 
 _run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
@@ -195,19 +258,7 @@ def conv_delta(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
     _change.check(delta, places, clean)
-    k, c, *kernel = filters.weight.shape
-    fits = c * step.groups == delta.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
-    if not fits or filters.groups != step.groups:
-        raise ShapeError(
-            f"filters of {tuple(filters.weight.shape)} in {filters.groups} groups: they do not take {delta.size(1)} "
-            f"channels in {step.groups} groups and a window of {step.window[0]}"
-        )
-    if min(*step.window[1], *step.window[3]) < 1 or 0 in filters.weight.shape:
-        raise ShapeError(f"a window of {step.window} and filters of {tuple(filters.weight.shape)}: expected none of 0")
-    if filters.weight.dtype != delta.dtype:
-        raise ShapeError(f"filters of {filters.weight.dtype}: expected delta's {delta.dtype}")
-    if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):
-        raise ShapeError(f"clean of {tuple(clean.shape)}: expected [N, {k}, *{tuple(step.above)}]")
+    check_filters(delta, filters, step, clean)
     return _run(delta, filters, step, places, clean, out)
 
 

@@ -3,6 +3,7 @@
 These are the definitions that the kernels are tested against, and the fallback where no kernel is available.
 """
 
+from zfcore.reference.conv_boxes import conv_boxes
 from zfcore.reference.conv_delta import conv_delta
 from zfcore.reference.conv_strongest import conv_strongest
 from zfcore.reference.deconv_step import deconv_step
@@ -18,6 +19,7 @@ from zfcore.reference.unpool_relu2d import unpool_relu2d
 from zfcore.reference.unpool_relu_conv_transpose2d import unpool_relu_conv_transpose2d
 
 __all__ = [
+    "conv_boxes",
     "conv_delta",
     "conv_strongest",
     "deconv_step",
