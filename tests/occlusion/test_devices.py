@@ -1,15 +1,25 @@
-"""The engine on another device than the CPU: no tensor of it is left behind. Needs no GPU: the tensors hold no values."""
+"""The engine on another device than the CPU: no tensor of it is left behind, and nothing waits for the device.
+
+Needs no GPU: the tensors hold no values.
+"""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zfcore import reference
 from zfcore.engine import sweep as engine
+from zfcore.engine.adaptive import Everything
+from zfcore.engine.grid import Grid
+from zfcore.engine.measuring import Answers, FeatureTotals, Measured
 from zfcore.network import read_network
+from zfcore.occlusion import _Changes
 from zfcore.ops.conv_delta import DeltaFilters
 
 
@@ -20,6 +30,28 @@ class OneDevice(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
         assert len({x.device for x in tensors}) <= 1 or "copy" in str(func), func
         return func(*args, **(kwargs or {}))
+
+
+COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cpu, torch.Tensor.cuda)
+READS = (
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__, torch.Tensor.__int__,
+    torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero, torch.Tensor.masked_select,
+    torch.masked_select, torch.Tensor.unique, torch.unique, torch.equal,
+)  # fmt: skip
+
+
+class NothingWaits(TorchFunctionMode):
+    """Refuses what a GPU would have to be waited for: numbers that are read from it, or copied to it out of plain memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in READS and function not in COPIES, function
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            for index in args[1] if isinstance(args[1], tuple) else (args[1],):
+                assert not isinstance(index, list), "an index of numbers is copied to the device"
+                assert getattr(index, "dtype", None) != torch.bool, "a mask as an index is counted first"
+        result = function(*args, **(kwargs or {}))
+        assert function is not torch.Tensor.to or result.device == args[0].device, "a copy to another device"
+        return result
 
 
 class Branches(nn.Module):
@@ -47,7 +79,7 @@ class Branches(nn.Module):
 def shapes_only(monkeypatch):
     """The ops give memory without values; whatever mixes devices is refused by torch."""
 
-    def filters(weight, scale, shape, groups, narrow):
+    def filters(weight, scale, shape, groups, precision):
         assert scale is None or scale.device == weight.device
         return DeltaFilters(weight.reshape(shape), groups, scale, None, True)
 
@@ -58,7 +90,7 @@ def shapes_only(monkeypatch):
         return out
 
     monkeypatch.setattr(engine, "delta_filters", filters)
-    for name in ("conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
+    for name in ("conv_boxes", "conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
         monkeypatch.setattr(engine, name, give)
     monkeypatch.setattr(engine, "paste_boxes", reference.paste_boxes)
 
@@ -75,14 +107,61 @@ def test_all_of_the_engine_is_on_one_device(shapes_only, layer):
         maps = sweep.up(images)
         seen = 0
         every = torch.arange(12, device="meta")
+        waits = contextlib.ExitStack()
         for index, output, change in sweep.run(images, torch.zeros_like(images), maps, every):
             assert {t.device.type for t in (index, output)} == {"meta"}
             assert feature is None or change.device.type == "meta"
             seen += len(index)
+            waits.enter_context(NothingWaits())  # after the first batch, which brings what is kept
+        waits.close()
     assert seen == 12
     assert {step.run.__name__ for step in sweep.steps} >= {
         "change_product", "change_max_pool", "change_avg_pool", "change_pad", "change_add", "change_cat", "change_any"
     }  # fmt: skip
+
+
+class Plain(nn.Sequential):
+    """A picture that one convolution reads, so that its changes are never laid out."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+@pytest.mark.parametrize("layer", [None, "0", "3"])
+@pytest.mark.parametrize("score", ["probability", "logit", lambda output: output[:, 3]], ids=["probability", "logit", "called"])
+def test_nothing_waits_for_the_device_between_batches(shapes_only, layer, score):
+    """Of all that `occlusion_map` does for a batch of positions: the engine, and what is measured of its outputs."""
+    model = Plain().eval().to("meta")
+    network = read_network(model, (3, 40, 40))
+    images = torch.empty(2, 3, 40, 40, device="meta")
+    totals = None
+    if layer is not None:
+        totals = FeatureTotals(model, (layer, None), images)
+    grid = Grid.over((40, 40), (8, 8), (8, 8))
+    sweep = engine.Sweep(network, totals and totals.stage(network), grid.y, grid.x, torch.float32, 7, images.device)
+    assert [step.run.__name__ for step in sweep.steps].count("change_boxes") == 1
+    answers = Answers(score, None, images)
+    answers.checked = True  # one look at the clean outputs, which these tensors do not have
+    changes, measured = _Changes(sweep, images, torch.zeros_like(images), len(grid), answers, totals), Measured(2, len(grid))
+    seen, waits = 0, contextlib.ExitStack()
+    with torch.no_grad():
+        for group in changes.groups():
+            for owners, parts in changes.clean(group):
+                measured.put("clean", owners, parts)
+            for index in Everything(grid).rounds(group, measured):
+                for own, parts in changes.measure(index):
+                    measured.put("occluded", own, parts)
+                    waits.enter_context(NothingWaits())
+                    seen += len(own)
+        waits.close()
+    assert seen == 2 * len(grid) and len(changes.blurred) > 2
+
+
+def test_what_would_wait_is_refused():
+    x = torch.zeros(3)
+    for read in (lambda: x.tolist(), lambda: x[x > 0], lambda: bool(x.any()), lambda: torch.tensor([1]), lambda: x[[1]]):
+        with pytest.raises(AssertionError), NothingWaits():
+            read()
 
 
 def test_sweeps_where_kernels_run_the_tensors():

@@ -19,6 +19,7 @@ from zfcore.errors import (
     UnsupportedOperation,
 )
 from zfcore.occlusion import Occlusion, occlusion_map
+from zfcore.ops import use_backend
 
 CLASSES = 7
 # Networks that the engine cannot read are among those below, and say so; test_sweep looks at what they say.
@@ -788,9 +789,19 @@ def test_a_feature_that_does_not_run_or_is_no_map():
         occlusion_map(network(Wraps), IMAGES, box=5, stride=4, feature=("pair", 0))
 
 
-def test_bf16_of_a_float64_network_is_refused():
-    with pytest.raises(ArgumentError, match="precision: 'bf16' with float64"):
-        occlusion_map(network(VGGLike).double(), IMAGES, precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_rounded_products_of_a_float64_network_are_refused(precision):
+    with pytest.raises(ArgumentError, match=f"precision: '{precision}' with float64"):
+        occlusion_map(network(VGGLike).double(), IMAGES, precision=precision)
+
+
+def test_tf32_is_exact_on_a_cpu():
+    model, images = network(VGGLike), pictures(2, (16, 16))
+    want = occlusion_map(model, images, box=5, stride=4)
+    with use_backend("reference"):
+        by_reference = occlusion_map(model, images, box=5, stride=4, precision="tf32")
+    assert torch.equal(occlusion_map(model, images, box=5, stride=4, precision="tf32").scores, want.scores)
+    assert close(by_reference.scores, want.scores)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from zfcore import occlusion_map, reference, use_backend
+from zfcore import occlusion, occlusion_map, reference, use_backend
 from zfcore.errors import BackendUnavailable, DtypeError
+from zfcore.kernels import conv_boxes as boxes_kernel
 from zfcore.kernels import conv_delta as conv_kernel
 from zfcore.kernels import conv_delta_depthwise as depthwise_kernel
 from zfcore.kernels import lrn_delta as lrn_kernel
@@ -252,6 +254,46 @@ def conv_kernel_of(case: Drawn) -> torch.Tensor:
     )
 
 
+def full_layers():
+    """Whole maps under filters as large: the library's product, where it is as exact as was asked."""
+    multiplied, launched = [], []
+    mm, launch = torch.mm, conv_kernel.conv_delta
+    torch.mm = lambda *a, **k: multiplied.append(1) or mm(*a, **k)
+    conv_kernel.conv_delta = lambda *a, **k: launched.append(1) or launch(*a, **k)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        size, channels, units, batch = ((1, 1), (3, 2))[seed % 2], 5, (4, 37)[seed % 2], 4
+        zero, window = torch.zeros(batch, 2, dtype=torch.int64), (size, (1, 1), (0, 0), (1, 1))
+        case = Drawn(
+            torch.randn(batch, channels, *size),
+            torch.randn(units, channels, *size),
+            torch.randn(units) if seed < 3 else None,
+            torch.randn(2, units, 1, 1) if seed % 3 else None,
+            ConvChange(window, 1, size, (1, 1), Limits(0.0, 1.0)),
+            Places(torch.randint(0, 2, (batch,)), zero, zero, (1, 1)),
+        )
+        memory = torch.full((batch, 1, 1, units + 3), -7.0)  # results with gaps
+        out = memory[..., :units].permute(0, 3, 1, 2)
+        assert case.got(out=out) is out
+        assert_close(out.contiguous(memory_format=torch.channels_last), case.expected(), seed)
+        assert (memory[..., units:] == -7).all() and multiplied and not launched
+        multiplied.clear()
+        for precision, flag in (("exact", "tf32"), ("tf32", "ieee")):
+            matmul = torch.backends.cuda.matmul
+            before, matmul.fp32_precision = matmul.fp32_precision, flag
+            filters = delta_filters(case.weight, case.scale, precision=precision)
+            got = conv_delta(case.delta, filters, case.step, case.places, case.clean)
+            matmul.fp32_precision = before
+            assert_close(got, case.expected(), (seed, precision))
+            assert launched and not multiplied
+            launched.clear()
+    # A part of the map is none of the library's.
+    case.delta, case.step = case.delta[:, :, :2], case.step._replace(map=(3, 2))
+    assert_close(case.got(), case.expected(), "part")
+    assert launched and not multiplied
+    torch.mm, conv_kernel.conv_delta = mm, launch
+
+
 def halves():
     """bf16 and f16 patches and filters: products in float32, one rounding of what is stored."""
     for seed, dtype in ((31, torch.bfloat16), (32, torch.bfloat16), (33, torch.float16), (34, torch.float16)):
@@ -335,6 +377,7 @@ def agree(got, expected, label):
 def engine():
     """A small network's occlusion map: the engine's, which takes Triton where it has a kernel, and the reference's."""
     _library._BY_DEVICE["cpu"] = ("triton", "cpu")  # as for tensors on a GPU
+    occlusion.pays = lambda precision, device: True
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 5, 2, padding=1),
@@ -344,23 +387,32 @@ def engine():
         torch.nn.Conv2d(8, 6, 3, padding=1, groups=2),
         torch.nn.BatchNorm2d(6),
         torch.nn.ReLU(),
+        torch.nn.Conv2d(6, 6, 3, padding=1, groups=6),
         torch.nn.Flatten(),
         torch.nn.Linear(6 * 7 * 7, 5),
     ).eval()
     images = torch.randn(1, 3, 33, 33)
     calls = []
-    launch = conv_kernel.conv_delta
-    conv_kernel.conv_delta = lambda *a, **k: calls.append(1) or launch(*a, **k)
-    got = occlusion_map(model, images, box=9, stride=8, feature=("4", 1))
-    assert calls, "the engine did not run"
+    for module in (boxes_kernel, conv_kernel, depthwise_kernel):
+        name = module.__name__.rsplit(".", 1)[1]
+        launch = getattr(module, name)
+        setattr(module, name, lambda *a, name=name, launch=launch, **k: calls.append(name) or launch(*a, **k))
+    options = {"box": 9, "stride": 8, "feature": ("4", 1)}
     with use_backend("reference"):
-        expected = occlusion_map(model.double(), images.double(), box=9, stride=8, feature=("4", 1))
-    for name in ("scores", "activation", "clean"):
-        assert torch.allclose(getattr(got, name).double(), getattr(expected, name), rtol=1e-4, atol=1e-5), name
-    assert torch.equal(got.labels, expected.labels)
+        expected = occlusion_map(copy.deepcopy(model).double(), images.double(), **options)
+    for precision, tolerance in (("exact", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)):
+        got = occlusion_map(model, images, precision=precision, **options)
+        assert set(calls) == {"conv_boxes", "conv_delta", "conv_delta_depthwise"}, calls
+        calls.clear()
+        for name in ("scores", "activation", "clean"):
+            ours, wanted = getattr(got, name).double(), getattr(expected, name)
+            assert (ours - wanted).abs().max() <= tolerance * wanted.abs().max(), (precision, name)
+        assert torch.equal(got.labels, expected.labels)
+        assert torch.equal(got.clean, occlusion_map(model, images, box=33, stride=33).clean)  # clean maps are exact
+        calls.clear()
 
 
-CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, halves, others, engine)}
+CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, full_layers, halves, others, engine)}
 
 if __name__ == "__main__":
     check = CHECKS[sys.argv[1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-CHECKS = ("drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "halves", "others", "engine")
+CHECKS = ("drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others", "engine")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
-from zfcore import backends, occlusion_map, reference, use_backend
+from zfcore import backends, occlusion_map, reference
+from zfcore.engine.sweep import Sweep
+from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import conv_delta, delta_filters
+from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.pool_delta import pool_delta
-from zfcore.reference._params import ConvChange, Limits, Places
+from zfcore.ops.relu_delta import relu_delta
+from zfcore.reference._params import ConvChange, Limits, Lrn, Places
 
 WHY = "" if torch.cuda.is_available() else "torch finds no usable CUDA device"
 WHY = WHY or backends()["triton"].reason
@@ -40,6 +48,7 @@ GEOMETRIES = [
     (3, 96, 1, ((7, 7), (2, 2), (1, 1), (1, 1))),
     (64, 96, 2, ((3, 3), (1, 1), (1, 1), (1, 1))),
     (20, 33, 1, ((3, 2), (1, 2), (1, 0), (2, 3))),
+    (50, 50, 50, ((3, 3), (2, 1), (1, 1), (1, 2))),
 ]
 
 
@@ -58,24 +67,157 @@ def test_conv_delta(geometry):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("tf32", 2e-3), ("bf16", 1e-5)])
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4], ids=str)
 def test_conv_delta_on_tensor_cores(geometry, precision, tolerance):
-    """Products of bf16 are exact in float32; TF32 rounds its factors to 11 bits."""
-    from zfcore.kernels.conv_delta import conv_delta as launch
-
+    """Products of bf16 are exact in float32; TF32 leaves 11 bits of a factor."""
     delta, weight, clean, step, places = patches(*geometry, seed=1)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    delta, weight = delta.to(dtype), weight.to(dtype)
+    if precision == "bf16":
+        delta, weight = delta.bfloat16().float(), weight.bfloat16().float()
     expected = reference.conv_delta(delta.double(), weight.double(), step, places, clean.double())
-    last = {"memory_format": torch.channels_last}
-    out = torch.empty(expected.shape, device="cuda").contiguous(**last)
-    packed = weight.cuda().permute(0, 2, 3, 1).contiguous()
-    own = on_gpu(places)[:3]
-    launch(
-        delta.cuda().contiguous(**last), packed, step.window, step.groups, *own, out, clean.cuda().contiguous(**last),
-        *step.rectifier, tf32=precision == "tf32",
-    )  # fmt: skip
-    assert (out.cpu() - expected).abs().max() < tolerance * expected.abs().max()
+    filters = delta_filters(weight.cuda(), None, groups=step.groups, precision=precision)
+    got = conv_delta(delta.cuda(), filters, step, on_gpu(places), clean.cuda())
+    assert (got.cpu() - expected).abs().max() < tolerance * expected.abs().max()
+    if precision == "tf32" and geometry[2] == 1:
+        exact = conv_delta(delta.cuda(), delta_filters(weight.cuda(), None), step, on_gpu(places), clean.cuda())
+        assert not torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("flag", ["ieee", "tf32"])
+def test_exact_is_exact_whatever_torch_allows(flag):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, flag
+    try:
+        for size in ((6, 6), (1, 1)):  # full layers, which the library may multiply
+            window = (size, (1, 1), (0, 0), (1, 1))
+            delta, weight, clean, step, places = patches(256, 300, 1, window, 3, size=size, patch=size)
+            expected = reference.conv_delta(delta.double(), weight.double(), step, places, clean.double())
+            filters = delta_filters(weight.cuda())
+            got = conv_delta(delta.cuda(), filters, step, on_gpu(places), clean.cuda())
+            assert (got.cpu() - expected).abs().max() < 1e-5 * expected.abs().max()
+    finally:
+        matmul.fp32_precision = before
+
+
+def boxes_on(places, patch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first = places.origin + torch.randint(-2, 4, places.origin.shape, generator=generator)
+    return torch.cat((first, first + torch.randint(0, max(patch) + 2, first.shape, generator=generator)), 1)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("exact", 1e-5), ("tf32", 2e-3), ("bf16", 1e-5)])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_conv_boxes(geometry, precision, tolerance):
+    delta, weight, clean, step, places = patches(*geometry, seed=4)
+    patch, boxes = tuple(delta.shape[2:]), boxes_on(places, delta.shape[2:])
+    change = torch.randn(3, delta.size(1), *step.map)
+    if precision == "bf16":
+        change, weight = change.bfloat16().float(), weight.bfloat16().float()
+    expected = reference.conv_boxes(change.double(), boxes, patch, weight.double(), step, places, clean.double())
+    filters = delta_filters(weight.cuda(), None, groups=step.groups, precision=precision)
+    got = conv_boxes(change.cuda(), boxes.cuda(), patch, filters, step, on_gpu(places), clean.cuda())
+    assert (got.cpu() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@dataclass
+class Call:
+    """An op on tensors of a GPU, of which `inputs` may be written over."""
+
+    run: Callable[[], torch.Tensor]
+    inputs: list[torch.Tensor]
+
+    def draw(self):
+        for x in self.inputs:
+            x.copy_(torch.randn_like(x))
+
+
+def product(geometry, precision="exact", boxed=False, size=(27, 27), patch=(9, 11)) -> Call:
+    delta, weight, clean, step, places = patches(*geometry, seed=5, size=size, patch=patch)
+    clean, filters = clean.cuda(), delta_filters(weight.cuda(), None, groups=step.groups, precision=precision)
+    if boxed:
+        change, boxes = torch.randn(3, delta.size(1), *size).cuda(), boxes_on(places, patch).cuda()
+        places = on_gpu(places)
+        return Call(lambda: conv_boxes(change, boxes, patch, filters, step, places, clean), [change, clean])
+    delta, places = delta.cuda(), on_gpu(places)
+    return Call(lambda: conv_delta(delta, filters, step, places, clean), [delta, clean])
+
+
+def pointwise(name: str) -> Call:
+    window = ((3, 3), (2, 2), (1, 1), (1, 1))
+    x = torch.randn(3, 96, 27, 27, device="cuda")
+    delta, _, _, _, places = patches(96, 1, 1, window, seed=6)
+    delta, places = delta.cuda(), on_gpu(places)
+    own = places._replace(out_origin=places.origin, size=tuple(delta.shape[2:]))
+    lrn = Lrn(5, 1e-4, 0.75, 2.0)
+    if name == "pool_delta":
+        return Call(lambda: pool_delta(delta, x, F.max_pool2d(x, *window), window, places), [delta, x])
+    if name == "lrn_delta":
+        return Call(lambda: lrn_delta(delta, x, F.local_response_norm(x, *lrn), lrn, own), [delta, x])
+    return Call(lambda: relu_delta(delta, x, Limits(0.1), own), [delta, x])
+
+
+FULL = (256, 300, 1, ((6, 6), (1, 1), (0, 0), (1, 1)))
+CALLS = {
+    **{f"conv_delta {precision}": lambda p=precision: product(GEOMETRIES[0], p) for precision in ("exact", "tf32", "bf16")},
+    **{f"conv_boxes {p}": lambda p=p: product(GEOMETRIES[1], p, boxed=True) for p in ("exact", "tf32", "bf16")},
+    "conv_delta depthwise": lambda: product(GEOMETRIES[4]),
+    "conv_delta full": lambda: product(FULL, size=(6, 6), patch=(6, 6)),
+    **{name: lambda name=name: pointwise(name) for name in ("pool_delta", "lrn_delta", "relu_delta")},
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request) -> Call:
+    found = CALLS[request.param]()
+    found.run()  # loads the kernels
+    torch.cuda.synchronize()
+    return found
+
+
+def test_the_same_bits_every_time(call):
+    want = call.run()
+    for _ in range(250):
+        assert torch.equal(call.run(), want)
+
+
+def test_nothing_waits_for_the_gpu(call):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_reads_its_inputs_anew(call):
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call.run()
+    side.synchronize()
+    with torch.cuda.graph(graph):
+        result = call.run()
+    for _ in range(20):
+        call.draw()
+        graph.replay()
+        assert torch.equal(result, call.run())
+
+
+def test_on_a_stream_that_is_late(call):
+    """Inputs that are written on a side stream, late: an op on another stream would read what was there before."""
+    side, kept = torch.cuda.Stream(), [x.clone() for x in call.inputs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        torch.cuda.manual_seed(7)
+        call.draw()
+        want, drawn = call.run(), [x.clone() for x in call.inputs]
+        for x, old in zip(call.inputs, kept, strict=True):
+            x.copy_(old)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000)
+            for x, new in zip(call.inputs, drawn, strict=True):
+                x.copy_(new)
+            got = call.run()
+        side.synchronize()
+        assert torch.equal(got, want)
 
 
 def test_pool_delta():
@@ -89,23 +231,84 @@ def test_pool_delta():
     assert torch.allclose(got.cpu(), expected, atol=1e-6)
 
 
-def test_occlusion_map():
-    """The engine on the GPU, and the CPU's."""
+def occluded_network():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 5, 2, padding=1),
         torch.nn.ReLU(),
         torch.nn.LocalResponseNorm(5),
         torch.nn.MaxPool2d(3, 2),
+        torch.nn.Conv2d(32, 32, 3, padding=1, groups=32),
         torch.nn.Conv2d(32, 64, 3, padding=1),
         torch.nn.ReLU(),
         torch.nn.Flatten(),
         torch.nn.Linear(64 * 15 * 15, 10),
-    ).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with use_backend("reference"):
-        expected = occlusion_map(model.double(), images.double(), box=16, stride=8, feature=("4", None))
-    got = occlusion_map(model.float().cuda(), images.cuda(), box=16, stride=8, feature=("4", None))
-    for name in ("scores", "activation"):
-        a, b = getattr(got, name).double().cpu(), getattr(expected, name)
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
+    )
+    return model.eval(), torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """How many images each run of the engine took."""
+    seen, run = [], Sweep.run
+    monkeypatch.setattr(Sweep, "run", lambda self, images, *rest: seen.append(len(images)) or run(self, images, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("precision, tolerance", [("exact", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)])
+def test_occlusion_map(engine, precision, tolerance):
+    """The engine on the GPU, and a forward in float64 for each position."""
+    model, images = occluded_network()
+    options = {"box": 16, "stride": 8, "score": "logit", "feature": ("5", 3)}
+    got = occlusion_map(model.cuda(), images.cuda(), precision=precision, **options)
+    assert engine
+    wide = copy.deepcopy(model).double()
+    scores, totals = torch.empty_like(got.scores, dtype=torch.float64), torch.empty_like(got.scores, dtype=torch.float64)
+    for row, line in enumerate(got.boxes.tolist()):
+        for column, (y0, x0, y1, x1) in enumerate(line):
+            painted = images.double().cuda()
+            painted[:, :, y0:y1, x0:x1] = 0
+            with torch.no_grad():
+                totals[:, row, column] = wide[:6](painted)[:, 3].sum((1, 2))
+                scores[:, row, column] = wide(painted).gather(1, got.targets[:, None])[:, 0]
+    for ours, wanted in ((got.scores, scores), (got.activation, totals)):
+        assert (ours.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["exact", "tf32", "bf16"])
+def test_occlusion_map_by_forwards(engine, precision):
+    """What cannot be read: TF32 and autocast are then torch's, for the call."""
+
+    class Unread(torch.nn.Module):
+        def forward(self, x):
+            return x * 1.0 if float(x.flatten()[0]) > -1e9 else x
+
+    model, images = occluded_network()
+    model = torch.nn.Sequential(Unread(), *model).cuda()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with pytest.warns(UserWarning, match="plain forwards run this network"):
+        got = occlusion_map(model, images.cuda(), box=16, stride=24, score="logit", precision=precision)
+    assert not engine and before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    want = occlusion_map(model[1:].double(), images.double().cuda(), box=16, stride=24, score="logit", targets=got.targets)
+    tolerance = {"exact": 1e-5, "tf32": 2e-3, "bf16": 2e-2}[precision]
+    assert (got.scores.double() - want.scores).abs().max() <= tolerance * want.scores.abs().max()
+
+
+@pytest.mark.parametrize("feature", [None, ("5", None)])
+def test_between_batches_nothing_waits_for_the_gpu(monkeypatch, feature):
+    model, images = occluded_network()
+    run, batches = Sweep.run, []
+
+    def guarded(self, *arguments):
+        for found in run(self, *arguments):
+            batches.append(len(found[0]))
+            torch.cuda.set_sync_debug_mode("error")
+            yield found
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Sweep, "run", guarded)
+    try:
+        got = occlusion_map(model.cuda(), images.cuda(), box=16, stride=8, feature=feature, batch_size=20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(batches) > 2 and got.scores.isfinite().all()
