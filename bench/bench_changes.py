@@ -43,7 +43,7 @@ class Product(NamedTuple):
 @torch.no_grad()
 def products() -> dict[str, Product]:
     torch.manual_seed(0)
-    model, image = ZFNet().eval(), torch.rand(1, 3, 224, 224) * 255 - 128
+    model, image, fill = ZFNet().eval(), torch.rand(1, 3, 224, 224) * 255 - 128, torch.zeros(1, 3, 224, 224)
     grid = Grid.over((224, 224), (BOX, BOX), (STRIDE, STRIDE))
     sweep = Sweep(read_network(model, (3, 224, 224)), None, grid.y, grid.x, torch.float32, POSITIONS)
     found: dict[str, Product] = {}
@@ -51,7 +51,8 @@ def products() -> dict[str, Product]:
     def noted(run):
         def change(self, step, batch):
             result = run(self, step, batch)
-            delta = batch.changes[step.sources[0]].clone(memory_format=torch.preserve_format)
+            source = step.sources[0]
+            delta = sweep.painted(image, fill, batch) if source is sweep.picture else batch.changes[source].clone()
             places = self.places(step, batch)
             clean = batch.maps[step.before] if step.before else None
             product = Product(delta, step.filters, step.convolution, places, clean, torch.empty_like(result))
@@ -65,7 +66,7 @@ def products() -> dict[str, Product]:
             step.run = noted(step.run)
     maps = sweep.up(image)
     middle = torch.arange(len(grid)).view(grid.rows, grid.columns)[7:17, 6:18].reshape(-1)
-    for _ in sweep.run(image, torch.zeros_like(image), maps, middle):
+    for _ in sweep.run(image, fill, maps, middle):
         return found
     raise AssertionError("no position was worked at")
 

@@ -10,6 +10,13 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # read where Triton reads it: when a kernel is defined
 LARGEST = 2**31 - 1
+# Numbers of which a launch makes neither a constant where they are 1 nor a multiple of 16: no network then compiles kernels
+# of its own for the sizes of its patches, and what is compiled ahead of time is what a launch compiles.
+PLAIN = (
+    "pixels", "rows", "height", "width", "patch_y", "patch_x", "size_y", "size_x", "size", "images", "pictures",
+    "above_y", "above_x", "map_y", "map_x", "taps_y", "taps_x", "kernel_y", "kernel_x", "stride_y", "stride_x",
+    "padding_y", "padding_x", "dilation_y", "dilation_x",
+)  # fmt: skip
 CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P pixels, BLOCK_C channels, warps
 
 

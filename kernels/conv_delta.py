@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import INTERPRETED, LARGEST, check, places, strides
+from ._places import INTERPRETED, LARGEST, PLAIN, check, places, strides
 from .relu_delta import rectified
 
 
@@ -91,7 +91,7 @@ def _covered(box, start, length, size):
     return tl.minimum(tl.maximum(first, 0), length).to(tl.int32), tl.minimum(tl.maximum(end, 0), length).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def conv_delta_kernel(
     delta,  # [B, h, w, C], pixels and channels dense; with BOXES [pictures, map_y, map_x, C]
     boxes,  # [B, 4] int64, with BOXES

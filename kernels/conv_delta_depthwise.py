@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, launches, places, strides
+from ._places import LARGEST, PLAIN, check, launches, places, strides
 from .relu_delta import rectified
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def conv_delta_depthwise_kernel(
     delta,  # [B, patch_y, patch_x, C]
     filters,  # [kernel_y, kernel_x, C]

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, launches, places, strides
+from ._places import LARGEST, PLAIN, check, launches, places, strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def lrn_delta_kernel(
     delta,  # [B, size_y, size_x, C]
     before,  # [N, height, width, C]

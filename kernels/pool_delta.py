@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, check, launches, places, strides
+from ._places import LARGEST, PLAIN, check, launches, places, strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def pool_delta_kernel(
     delta,  # [B, patch_y, patch_x, C]
     before,  # [N, height, width, C]

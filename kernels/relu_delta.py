@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import check, launches, places, strides
+from ._places import PLAIN, check, launches, places, strides
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def rectified(v, slope, upper, HAS_SLOPE: tl.constexpr):
     return tl.where(low > upper, upper, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def relu_delta_kernel(
     delta,  # [B, size_y, size_x, C]
     before,  # [N, height, width, C]

@@ -17,7 +17,18 @@ from zfcore.kernels import _places, conv_delta, conv_delta_depthwise, lrn_delta,
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INDICES = ("image", "boxes", "origin", "out_origin")
+STRIDED = ("delta", "clean", "before", "after", "out")
 FLOATS = ("slope", "upper", "share", "beta", "k")
+
+
+def multiples_of(kernel) -> list[int]:
+    """Which arguments are multiples of 16 where channels are, addresses among them."""
+    numbers = ("filters", "channels", "group_filters", "run", *STRIDED)
+    return [
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if name in numbers or (name.rsplit("_", 1)[0] in STRIDED and name not in INDICES)
+    ]
 
 
 def compile_for(kernel, capability, dtype, constants, warps, stages, odd=()):
@@ -36,16 +47,7 @@ def compile_for(kernel, capability, dtype, constants, warps, stages, odd=()):
             signature[name] = "*fp32"
         elif name in FLOATS:
             signature[name] = "fp32"
-    strides = ("delta", "clean", "before", "after", "out")
-    multiples = [
-        i
-        for i, name in enumerate(names)
-        if name not in (*constants, *odd)
-        and (
-            name in ("filters", "channels", "group_filters", "run", *strides)
-            or (name.rsplit("_", 1)[0] in strides and name != "out_origin")
-        )
-    ]
+    multiples = [i for i in multiples_of(kernel) if names[i] not in (*constants, *odd)]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -96,8 +98,9 @@ def with_ones(capability: int) -> int:
         (lrn_delta.lrn_delta_kernel, {**pixels, "ROOTS": False}),
         (relu_delta.relu_delta_kernel, {**pixels, "HAS_SLOPE": True}),
     ):
-        other = {*INDICES, *FLOATS, "delta", "filters", "clean", "before", "after", "out"}
-        numbers = [name for name in kernel.arg_names if name not in other and not name.isupper()]
+        special = {p.name for p in kernel.params if not (p.do_not_specialize or p.is_constexpr)}
+        numbers = sorted(special - {*INDICES, *FLOATS, "delta", "filters", "clean", "before", "after", "out"})
+        assert numbers and set(numbers) <= {kernel.arg_names[i] for i in multiples_of(kernel)}, numbers
         for share in (1.0, 0.5, 0.2):
             ones = {name: 1 for name in numbers if drawn.random() < share}
             compile_for(kernel, capability, "fp32", {**constants, **ones}, 4, 3)

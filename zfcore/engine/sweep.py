@@ -34,8 +34,9 @@ from zfcore.reference.deconv_step import cut
 Pair = tuple[int, int]
 
 CLEAN_BYTES = 512 * 2**20  # of the clean maps of one batch of images
-CHANGE_BYTES = 160 * 2**20  # of the changes of one batch of positions
-MOST_POSITIONS = 1024  # of a batch, which shares one reading of the filters
+# Of a batch of positions, which share one reading of the filters: the bytes of their changes, and how many there are at
+# the most. A GPU holds more, and each batch is some tens of launches, whatever is in it.
+BATCHES = {"cpu": (160 * 2**20, 1024), "cuda": (2**30, 4096)}
 LANES = 16  # outputs that conv_delta works out at once
 ALIGNED = 4  # values: changes begin at multiples of 16 bytes, which move at once
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
@@ -170,6 +171,7 @@ class Sweep:
             if stage not in planned:
                 self.steps.append(self.plan(stage))
                 planned |= {stage, *self.fused(stage)}
+        self.in_place = any(step.run is Sweep.change_boxes for step in self.steps)  # the pictures' changes are not laid out
         self.kept = {self.output, *(source for step in self.steps for source in step.clean)}
         if feature is not None:
             self.kept.add(feature)
@@ -178,9 +180,9 @@ class Sweep:
         self.starts: dict[Rects, tuple[Tensor, Tensor]] = {}
         self.pairs: dict[Pair, Tensor] = {}
         self.offset, self.length = self.plan_memory()
-        most = CHANGE_BYTES // (max(self.length, 1) * dtype.itemsize)
+        room, most = BATCHES.get(device.type, BATCHES["cpu"])
         self.chosen_size = batch_size
-        self.batch_size = batch_size or max(1, min(MOST_POSITIONS, most))
+        self.batch_size = batch_size or max(1, min(most, room // (max(self.length, 1) * dtype.itemsize)))
         self.memory: Tensor | None = None  # of all changes of a batch, as long as the largest so far
 
     # -- the plan
@@ -369,7 +371,7 @@ class Sweep:
         if self.memory is None or len(self.memory) < size * self.length:
             self.memory = torch.empty(size * self.length, dtype=self.dtype, device=self.device)
         covered = None
-        if any(step.run is Sweep.change_boxes for step in self.steps):
+        if self.in_place:
             covered = torch.sub(fill, images).contiguous(memory_format=torch.channels_last)
         order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
         for own in index[order].split(size):
