@@ -270,7 +270,7 @@ def launch(
     span = (width + kernel[1] * dilation[1] + 1) * channels, (height + kernel[0] * dilation[0] + 1)
     group_filters = units // groups
     # Triton sees that 16 bytes may move at once where a number is a multiple of 16, and so an address.
-    thin = any(number % 16 for number in (channels, run, delta.data_ptr(), filters.data_ptr()))
+    thin = boxes is not None or any(number % 16 for number in (channels, run, delta.data_ptr(), filters.data_ptr()))
     precision = "bf16" if delta.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     most = (LARGEST - 1024) // max(1, size_y * size_x * triton.cdiv(group_filters, 32))  # patches of one launch
     if max(*span, kernel[0] * kernel[1] * channels + 1024) > LARGEST or groups > 65535 or most < 1 or max(*stride, *padding) > LARGEST:

@@ -124,7 +124,8 @@ class Plain(nn.Sequential):
     """A picture that one convolution reads, so that its changes are never laid out."""
 
     def __init__(self):
-        super().__init__(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+        convolutions = nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3)
+        super().__init__(*convolutions, nn.Flatten(), nn.Linear(8 * 36, 10))
 
 
 @pytest.mark.parametrize("layer", [None, "0", "3"])

@@ -407,7 +407,7 @@ def test_filters_say_whether_they_are_finite(backend):
         (dict(weight=torch.randn(24, 16, 3, 2)), ShapeError, r"filters of \(24, 16, 3, 2\)"),
         (dict(weight=torch.randn(24, 8, 3, 3)), ShapeError, "they do not take 16 channels"),
         (dict(weight=torch.randn(25, 8, 3, 3), groups=2), ShapeError, "in 2 groups"),
-        (dict(weight=torch.randn(24, 16, 3, 3).double()), ShapeError, "expected delta's torch.float32"),
+        (dict(weight=torch.randn(24, 16, 3, 3).double()), ShapeError, "expected the changes' torch.float32"),
         (dict(clean=torch.randn(2, 24, 12, 12)), ShapeError, r"expected \[N, 24, \*\(12, 11\)\]"),
         (dict(clean=torch.randn(2, 23, 12, 11)), ShapeError, r"expected \[N, 24, \*\(12, 11\)\]"),
         (dict(clean=torch.randn(2, 24, 12, 11).double()), ShapeError, "maps of torch.float64"),

@@ -112,7 +112,9 @@ def main(capability: int) -> list[dict]:
     found = []
     for precision in conv_delta.CONFIGS[capability]:
         wide, thin = (conv_delta.configs(precision, capability, thin) for thin in (False, True))
-        cases = (("conv_delta", wide, True), ("conv_delta", wide, False), ("conv_delta thin", thin, True), ("conv_boxes", thin, True))
+        cases = (
+            ("conv_delta", wide, True), ("conv_delta", wide, False), ("conv_delta thin", thin, True), ("conv_boxes", thin, True)
+        )  # fmt: skip
         for name, configs, clean in cases:
             for config in configs:
                 constants = {

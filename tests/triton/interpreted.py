@@ -412,7 +412,8 @@ def engine():
         calls.clear()
 
 
-CHECKS = {f.__name__: f for f in (drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, full_layers, halves, others, engine)}
+EVERY = drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, full_layers, halves, others, engine
+CHECKS = {check.__name__: check for check in EVERY}
 
 if __name__ == "__main__":
     check = CHECKS[sys.argv[1]]

@@ -67,6 +67,20 @@ def test_memory_moves_16_bytes_at_a_time(compiled, capability):
             assert kernel["wide"] >= 3, label(kernel)
 
 
+def test_tiles_are_looked_up_for_every_gpu(start):
+    """Of a GPU that the table does not name, the nearest below it; the largest tile that still leaves enough programs."""
+    from zfcore.kernels.conv_delta import CONFIGS, THIN, config_of, configs
+
+    assert set(CONFIGS) == set(SHARED)
+    for capability, named in {75: 80, 80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}.items():
+        for precision in ("ieee", "tf32", "bf16"):
+            assert configs(precision, capability) == CONFIGS[named][precision]
+            assert configs(precision, capability, thin=True) == THIN[precision]
+    small, middle, large = configs("bf16", 90)
+    assert [config_of("bf16", 256, rows, 90) for rows in (1, 4096, 10**6)] == [small, middle, large]
+    assert config_of("bf16", 40, 10**6, 90) == small and config_of("bf16", 256, 10**6, 120) == middle
+
+
 def test_numbers_that_are_one_are_constants(start):
     """So a launch has it; then what is a tensor of numbers elsewhere is a number of Python's in a kernel."""
     process = start("compiled.py", "90", "ones", interpreted=False)

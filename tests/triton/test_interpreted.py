@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-CHECKS = ("drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others", "engine")
+CHECKS = (
+    "drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others", "engine"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
