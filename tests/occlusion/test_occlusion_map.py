@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zfcore.engine.measuring import Answers
 from zfcore.errors import (
     ArgumentError,
     DeviceError,
@@ -793,6 +794,15 @@ def test_a_feature_that_does_not_run_or_is_no_map():
 def test_rounded_products_of_a_float64_network_are_refused(precision):
     with pytest.raises(ArgumentError, match=f"precision: '{precision}' with float64"):
         occlusion_map(network(VGGLike).double(), IMAGES, precision=precision)
+
+
+def test_probabilities_are_refused_behind_outputs_that_say_nothing():
+    answers, each = Answers("probability", None, torch.zeros(4, 1)), torch.arange(4)
+    answers.read(torch.empty(0, 3), each[:0], True)
+    answers.read(torch.full((1, 3), torch.nan), each[:1], True)
+    answers.read(torch.randn(1, 3).softmax(1), each[1:2], False)  # with a box
+    with pytest.raises(ArgumentError, match="are probabilities already"):
+        answers.read(torch.randn(2, 3).softmax(1), each[2:], True)
 
 
 def test_tf32_is_exact_on_a_cpu():

@@ -51,7 +51,7 @@ class Answers:
         self.chosen = targets is None
         self.targets = None if targets is None else indices("targets", targets, images)
         self.count, self.device = len(images), images.device
-        self.checked = False
+        self.checked = False  # whether clean outputs that say what they are were looked at
 
     def read(self, output: object, owners: Tensor, clean: bool) -> tuple[Tensor, Tensor | None]:
         rows = len(owners)
@@ -70,9 +70,9 @@ class Answers:
                 f"({rows},) scores"
             )
         logits = output.to(torch.promote_types(output.dtype, torch.float32))
-        if clean and not self.checked:  # once, since each time would wait for a GPU
+        if clean and not self.checked:  # no more than it takes, since each time waits for a GPU
             self._check(logits, output.dtype)
-            self.checked = bool(rows)
+            self.checked = rows > 0 and bool(logits.isfinite().all())
         labels = logits.argmax(1)
         self._choose(labels, owners, clean)
         values = logits.softmax(1) if self.score == "probability" else logits
