@@ -127,6 +127,7 @@ class _Batch:
         self.image, self.row, self.column, self.maps, self.starts = image, row, column, maps, starts
         self.each = torch.arange(len(image), device=image.device)
         self.changes: dict[Stage, Tensor] = {}
+        self.origins: dict[Rects, Tensor] = {}
         self.boxes: Tensor | None = None  # [B, 4]: y0, x0, y1, x1 in pixels
         self.covered: Tensor | None = None  # [N, C, H, W]: what each picture changes by where it is covered
 
@@ -134,8 +135,10 @@ class _Batch:
         """Where each position's rectangle begins, [B, 2]."""
         if rects not in self.starts:  # kept: on a GPU each would be a copy to wait for
             self.starts[rects] = tuple(torch.tensor(axis, device=self.image.device) for axis in rects[:2])
-        y, x = self.starts[rects]
-        return torch.stack((y[self.row], x[self.column]), 1)
+        if rects not in self.origins:
+            y, x = self.starts[rects]
+            self.origins[rects] = torch.stack((y[self.row], x[self.column]), 1)
+        return self.origins[rects]
 
     def places(self, before: Rects, after: Rects) -> Places:
         return Places(self.image, self.origin(before), self.origin(after), after.size)
