@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # read where Triton reads it: when a kernel is defined
 LARGEST = 2**31 - 1
+T = TypeVar("T")
 # Numbers of which a launch makes neither a constant where they are 1 nor a multiple of 16: no network then compiles kernels
 # of its own for the sizes of its patches, and what is compiled ahead of time is what a launch compiles.
 PLAIN = (
@@ -17,6 +19,18 @@ PLAIN = (
     "above_y", "above_x", "map_y", "map_x", "taps_y", "taps_x", "kernel_y", "kernel_x", "stride_y", "stride_x",
     "padding_y", "padding_x", "dilation_y", "dilation_x",
 )  # fmt: skip
+
+
+class Config(NamedTuple):
+    """The tile of a program of a product, and how it is run."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
 CONFIGS = {"narrow": (64, 16, 4), "wide": (16, 64, 4)}  # BLOCK_P pixels, BLOCK_C channels, warps
 
 
@@ -47,6 +61,19 @@ def check(**tensors: torch.Tensor) -> None:
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Of images, rows and columns."""
     return x.stride(0), x.stride(2), x.stride(3)
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for compute capability 9.0; in the interpreter, as of the least that the kernels are made for."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def of_architecture(table: Mapping[int, T], capability: int) -> T:
+    """The table's entry for a GPU of this compute capability; for one that it does not name, that of the nearest below."""
+    return table[max((known for known in table if known <= capability), default=min(table))]
 
 
 def launches(out: torch.Tensor) -> Iterator[tuple[slice, int, tuple[int, int], dict[str, int]]]:

@@ -20,24 +20,12 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2. The reuse of clean maps: N
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ._places import INTERPRETED, LARGEST, PLAIN, check, places, strides
+from ._places import INTERPRETED, LARGEST, PLAIN, Config, capability_of, check, of_architecture, places, strides
 from .relu_delta import rectified
-
-
-class Config(NamedTuple):
-    """The tile of a program, and how it is run."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
 
 
 # The tiles of an architecture by precision, from small to large: chosen by counting registers and shared memory, not
@@ -214,7 +202,7 @@ def configs(precision: str, capability: int, thin: bool = False) -> tuple[Config
     """
     if thin:
         return THIN[precision]
-    return CONFIGS[max((known for known in CONFIGS if known <= capability), default=min(CONFIGS))][precision]
+    return of_architecture(CONFIGS, capability)[precision]
 
 
 def config_of(precision: str, filters: int, rows: int, capability: int = 80, thin: bool = False) -> Config:
@@ -226,13 +214,6 @@ def config_of(precision: str, filters: int, rows: int, capability: int = 80, thi
         if 2 * filters > config.BLOCK_N and programs >= PROGRAMS:
             chosen = config
     return chosen
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def launch(
@@ -280,7 +261,7 @@ def launch(
         own = delta if boxes is not None else delta[some]
         count = len(out[some])
         rows = count * size_y * size_x
-        config = config_of(precision, group_filters, rows, _capability(delta.device), thin)
+        config = config_of(precision, group_filters, rows, capability_of(delta.device), thin)
         tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(group_filters, config.BLOCK_N)
         z = out if clean is None else clean
         with torch.cuda.device_of(delta):

@@ -2,111 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-
 import pytest
 import torch
+from steps import Sample, close, draw
 
 from zfcore import ops, reference
 from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _filters
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-IMAGES = 3
-
-
-@dataclass
-class Sample:
-    signal: torch.Tensor
-    weight: torch.Tensor
-    step: StepParams
-    image: torch.Tensor
-    origin: torch.Tensor
-    switches: torch.Tensor | None
-    passes: torch.Tensor | None
-    scale: torch.Tensor | None
-    frame: tuple[torch.Tensor, tuple[int, int]] | None
-
-    def run(self, function=deconv_step, dtype=None, **options):
-        cast = (lambda x: x) if dtype is None else (lambda x: None if x is None else x.to(dtype))
-        return function(
-            cast(self.signal), cast(self.weight), self.step, self.image, self.origin, self.switches,
-            self.passes, cast(self.scale), self.frame, **options,
-        )  # fmt: skip
-
-
-def draw(seed: int) -> Sample:
-    """A geometry whose maps, patches and frames overlap every border in one sample or another."""
-    choose = random.Random(seed)
-    torch.manual_seed(seed)
-    channels = choose.choice([1, 2, 5, 8, 33, 64, 96, 160])
-    groups = choose.choice([1, 1, 1, 2]) if channels % 2 == 0 else 1
-    kernel = choose.choice([1, 2, 3]), choose.choice([2, 3, 5])
-    pool = (
-        kernel,
-        (choose.choice([1, 2, 3]), choose.choice([1, 2, 2])),
-        tuple(choose.randint(0, k // 2) for k in kernel),
-        (choose.choice([1, 1, 2]), 1),
-    )
-    filters = choose.choice([1, 3, 5]), choose.choice([1, 2, 3])
-    spread = choose.choice([1, 2]), choose.choice([1, 1, 2])
-    conv = (
-        filters,
-        (choose.choice([1, 2]), choose.choice([1, 2])),
-        tuple(choose.randint(0, d * (k - 1)) for k, d in zip(filters, spread, strict=True)),
-        spread,
-    )
-    below = choose.randint(18, 34), choose.randint(18, 34)
-    size = tuple(
-        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(below, *conv, strict=True)
-    )
-    switches, own = None, size
-    if pooled := choose.random() < 0.6:
-        values, switches = ops.max_pool2d_with_switches(torch.randn(IMAGES, channels, *size).round(), *pool)
-        own = tuple(values.shape[2:])
-    whole = choose.random() < 0.4
-    batch = choose.choice([1, 2, 7, 40])
-    if full := choose.random() < 0.3:
-        patch, origin = own, torch.zeros(batch, 2, dtype=torch.int64)
-    else:
-        patch = choose.randint(1, own[0]), choose.randint(1, own[1])
-        origin = torch.stack([torch.randint(-3, n, (batch,)) for n in own], 1)
-    dtype = choose.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16])
-    signal = torch.randn(batch, channels, *patch).to(dtype)
-    if choose.random() < 0.5:
-        signal = signal.contiguous(memory_format=torch.channels_last)
-    elif full and choose.random() < 0.5:
-        signal = signal.transpose(2, 3).contiguous().transpose(2, 3)
-    frame = None
-    if whole and choose.random() < 0.5:
-        frame = torch.randint(-9, 9, (batch, 2)), (choose.randint(1, 40), choose.randint(1, 40))
-    return Sample(
-        signal,
-        torch.randn(channels, choose.choice([1, 2, 3, 8, 16]), *filters).to(dtype),
-        StepParams(
-            pool if pooled else None, conv, groups, size, below, whole, choose.random() < 0.6,
-            choose.choice(["sum", "last"]),
-        ),
-        torch.randint(0, IMAGES, (batch,)),
-        origin,
-        switches,
-        torch.rand(IMAGES, channels, *size) < 0.5 if choose.random() < 0.4 else None,
-        torch.randn(channels).to(dtype) if choose.random() < 0.3 else None,
-        frame,
-    )  # fmt: skip
-
-
-def close(ours, wanted, dtype):
-    assert ours.shape == wanted.shape and ours.dtype == dtype
-    assert torch.equal(ours.isnan(), wanted.isnan())
-    finite = wanted.isfinite()
-    assert torch.equal(ours[~finite & ~wanted.isnan()].double(), wanted[~finite & ~wanted.isnan()])
-    if finite.any():
-        error = (ours.double() - wanted)[finite].abs().max()
-        assert error <= TOLERANCE[dtype] * wanted[finite].abs().max().clamp(min=1e-9)
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 50) for i in range(0, 400, 50)], ids=lambda r: str(r.start))
@@ -132,12 +36,7 @@ def test_the_bits_do_not_depend_on_threads_batch_or_layout(seed, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     last = slice(len(ours) - 1, None)
-    one = Sample(
-        sample.signal[last], sample.weight, sample.step, sample.image[last], sample.origin[last],
-        sample.switches, sample.passes, sample.scale,
-        sample.frame and (sample.frame[0][last], sample.frame[1]),
-    )  # fmt: skip
-    assert torch.equal(one.run(), ours[last])
+    assert torch.equal(sample.part(last).run(), ours[last])
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -11,7 +11,9 @@ import pytest
 
 # What a block may use: the architectures' shared memory in bytes.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # 80's serve 86 and 89, too
-PRODUCTS = ("conv_delta", "conv_delta thin", "conv_boxes")
+SCRIPTS = ("compiled.py", "compiled_steps.py")
+PRODUCTS = ("conv_delta", "conv_delta thin", "conv_boxes", "deconv_step")
+APART = "deconv_step apart"  # one unit at a time, as zeros are left out
 ELEMENTWISE = ("conv_delta_depthwise", "pool_delta", "lrn_delta", "relu_delta")
 ELEMENTWISE_REGISTERS = 128  # four blocks of four warps still fit: enough to hide memory
 
@@ -19,13 +21,13 @@ ELEMENTWISE_REGISTERS = 128  # four blocks of four warps still fit: enough to hi
 @pytest.fixture(scope="module")
 def compiled(start):
     """What the compilers say of each kernel, by architecture."""
-    running = {capability: start("compiled.py", str(capability), interpreted=False) for capability in SHARED}
-    found = {}
+    running = {(n, script): start(script, str(n), interpreted=False) for n in SHARED for script in SCRIPTS}
+    found = {capability: [] for capability in SHARED}
     try:
-        for capability, process in running.items():
+        for (capability, _), process in running.items():
             output, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
-            found[capability] = json.loads(output)
+            found[capability] += json.loads(output)
     finally:
         for process in running.values():
             process.kill()
@@ -38,11 +40,11 @@ def label(kernel: dict) -> str:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_nothing_spills_and_all_fits(compiled, capability):
-    assert {k["kernel"] for k in compiled[capability]} == {*PRODUCTS, *ELEMENTWISE}
+    assert {k["kernel"] for k in compiled[capability]} == {*PRODUCTS, APART, *ELEMENTWISE}
     for kernel in compiled[capability]:
         assert kernel["instructions"] > 50 and not kernel["spills"], label(kernel)
         assert kernel["shared"] <= SHARED[capability], label(kernel)
-        threads = 32 * kernel["config"][3 if kernel["kernel"] in PRODUCTS else 2]
+        threads = 32 * kernel["config"][2 if kernel["kernel"] in ELEMENTWISE else 3]
         assert kernel["registers"] * threads <= 65536, label(kernel)
         if kernel["kernel"] in ELEMENTWISE:
             assert kernel["registers"] <= ELEMENTWISE_REGISTERS, label(kernel)
@@ -65,6 +67,8 @@ def test_memory_moves_16_bytes_at_a_time(compiled, capability):
             assert kernel["copies"] == ["0x10"], label(kernel)
         elif kernel["kernel"] in ELEMENTWISE:
             assert kernel["wide"] >= 3, label(kernel)
+        elif kernel["kernel"] == "deconv_step" and not kernel["thin"]:  # a signal and filters, or each window's, too
+            assert kernel["wide"] >= 2, label(kernel)
 
 
 def test_tiles_are_looked_up_for_every_gpu(start):
@@ -83,7 +87,8 @@ def test_tiles_are_looked_up_for_every_gpu(start):
 
 def test_numbers_that_are_one_are_constants(start):
     """So a launch has it; then what is a tensor of numbers elsewhere is a number of Python's in a kernel."""
-    process = start("compiled.py", "90", "ones", interpreted=False)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    assert json.loads(output) == 18
+    for script, count in zip(SCRIPTS, (18, 3), strict=True):
+        process = start(script, "90", "ones", interpreted=False)
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        assert json.loads(output) == count

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-CHECKS = (
-    "drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others", "engine"
-)  # fmt: skip
+CHECKS = {
+    "interpreted.py": (
+        "drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others",
+        "engine",
+    ),
+    "interpreted_steps.py": ("drawn_steps", "more_drawn_steps", "edges", "networks_layers", "projections"),
+}  # fmt: skip
+EVERY = [(script, name) for script, names in CHECKS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
 def running(start):
     """All checks' processes, side by side."""
-    processes = {name: start("interpreted.py", name, interpreted=True) for name in CHECKS}
+    processes = {(script, name): start(script, name, interpreted=True) for script, name in EVERY}
     yield processes
     for process in processes.values():
         process.kill()
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_in_the_interpreter(running, name):
-    _, errors = running[name].communicate(timeout=600)
-    assert running[name].returncode == 0, errors
+@pytest.mark.parametrize("check", EVERY, ids=lambda check: check[1])
+def test_in_the_interpreter(running, check):
+    _, errors = running[check].communicate(timeout=600)
+    assert running[check].returncode == 0, errors

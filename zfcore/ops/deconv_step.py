@@ -7,7 +7,7 @@ import torch
 from zfcore import reference
 from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _boundary, _filters
-from zfcore.ops._library import choosing, native
+from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import Pair, StepParams
 
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
@@ -27,7 +27,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
     if (switches is None) != (step.pool is None):
         raise ShapeError("switches and step.pool: expected both or neither")
-    low, high = (int(end) for end in torch.aminmax(image)) if b else (0, -1)
+    # On a GPU they would have to be waited for; the kernels there look themselves.
+    low, high = (int(end) for end in torch.aminmax(image)) if b and image.device.type == "cpu" else (0, -1)
     for name, maps, dtype in (("switches", switches, torch.uint8), ("passes", passes, torch.bool)):
         if maps is None:
             continue
@@ -86,7 +87,29 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
     return out
 
 
-_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu})
+def _filters_on_gpu(weight, scale):
+    """[kh, kw, K, C / groups], and whether all are finite, [1]: made for each call, since nobody can wait for a hash."""
+    packed = weight.detach() if scale is None else weight.detach() * scale[:, None, None, None]
+    packed = packed.permute(2, 3, 0, 1).contiguous()
+    return packed, packed.isfinite().all().reshape(1)
+
+
+def _triton(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+    if out is None:
+        shape = _shape(signal, weight, step, frame)
+        out = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+    signal, switches, passes = (
+        None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (signal, switches, passes)
+    )
+    packed, finite = _filters_on_gpu(weight, scale)
+    own = image.contiguous(), origin.contiguous()
+    return triton_kernel("deconv_step")(
+        signal, packed, finite, *own, out, step.conv, step.groups, step.map, step.below, step.pool, switches, passes,
+        step.rectify, step.overlap == "last", step.whole, None if frame is None else frame[0].contiguous(),
+    )  # fmt: skip
+
+
+_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
 def deconv_step(

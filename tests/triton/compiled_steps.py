@@ -1,0 +1,101 @@
+"""Compiles the deconvnet's Triton kernel for one GPU, without one, at every tile: python compiled_steps.py 90 > report.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import triton
+import triton.language as tl
+from compiled import report
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zfcore.kernels import deconv_step
+
+KERNEL = deconv_step.deconv_step_kernel
+POINTERS = {"switches": "*u8", "passes": "*u8", "finite": "*i1", "image": "*i64", "origin": "*i64", "frame": "*i64"}
+VALUES = ("signal", "filters", "out")
+TYPES = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
+# What takes the most registers: every option, over a pool whose windows overlap, one of many windows, and none.
+POOLS = {"3x3/2": (3, 2, 1), "5x5/1": (5, 1, 1), "none": None}
+
+
+def compile_for(capability: int, dtype: str, config, pool, thin: bool, last: bool = False, ones: tuple[str, ...] = ()):
+    apart = config is deconv_step.APART
+    constants = {
+        "POOL_Y": pool,
+        "POOL_X": pool,
+        "AT_ONCE": 1 if thin else 4,
+        "LAST": last,
+        "RECTIFY": True,
+        "PASSES": True,
+        "WHOLE": True,
+        "FRAMED": True,
+        "DENSE": not thin,
+        "TYPE": TYPES[dtype],
+        "TILED": not apart,
+        "CHOSEN": dtype != "fp64",
+        "UPCAST": False,
+        "PRECISION": "ieee",
+        **{name: getattr(config, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
+        **dict.fromkeys(ones, 1),
+    }
+    signature, multiples = {}, []
+    for at, parameter in enumerate(KERNEL.params):
+        name = parameter.name
+        pointer = POINTERS.get(name) or (f"*{dtype}" if name in VALUES else None)
+        signature[name] = "constexpr" if name in constants else pointer or "i32"
+        if name not in constants and not thin and (pointer or not parameter.do_not_specialize):
+            multiples.append(at)
+    source = ASTSource(
+        fn=KERNEL,
+        signature=signature,
+        constexprs={(KERNEL.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": deconv_step.MOST_REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def cases(capability: int):
+    """dtype, tile, pool, whether thin, and whether the last of the windows counts."""
+    for dtype, precision in (("fp32", "ieee"), ("bf16", "bf16")):
+        for thin in (False, True):
+            for config in deconv_step.configs(precision, capability, thin):
+                yield dtype, config, "3x3/2", thin, True
+                yield dtype, config, "3x3/2", thin, False
+                yield dtype, config, "none", thin, False
+    for dtype in ("fp32", "fp64"):
+        yield dtype, deconv_step.APART, "3x3/2", False, True
+        yield dtype, deconv_step.APART, "5x5/1", False, False
+    yield "fp32", deconv_step.configs("ieee", capability)[-1], "5x5/1", False, False
+
+
+def main(capability: int) -> list[dict]:
+    found = []
+    for dtype, config, pool, thin, last in cases(capability):
+        compiled = compile_for(capability, dtype, config, POOLS[pool], thin, last)
+        names = {
+            "kernel": "deconv_step apart" if config is deconv_step.APART else "deconv_step",
+            "precision": {"bf16": "bf16"}.get(dtype, "ieee"),
+            "config": list(config),
+            "pool": pool,
+            "thin": thin,
+            "last": last,
+        }
+        found.append({**names, **report(compiled, capability)})
+    return found
+
+
+def with_ones(capability: int) -> int:
+    """Compiles the kernel with ones among its numbers, which a launch makes constants of; returns how often."""
+    numbers = [p.name for p in KERNEL.params if not (p.do_not_specialize or p.is_constexpr)]
+    numbers = [name for name in numbers if name not in POINTERS and name not in VALUES]
+    for ones in (numbers, numbers[::2], numbers[1::2]):
+        compile_for(capability, "fp32", deconv_step.THIN["ieee"], POOLS["3x3/2"], True, ones=tuple(ones))
+    return 3
+
+
+if __name__ == "__main__":
+    what = with_ones if "ones" in sys.argv else main
+    json.dump(what(int(sys.argv[1])), sys.stdout)
