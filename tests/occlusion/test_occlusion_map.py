@@ -793,6 +793,7 @@ def test_bf16_of_a_float64_network_is_refused():
         occlusion_map(network(VGGLike).double(), IMAGES, precision="bf16")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     model, images = network(VGGLike), pictures(2, (29, 37))

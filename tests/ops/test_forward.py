@@ -9,13 +9,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from running import present, running_on
+from running import on_gpu_too, present, running_on
 from samples import DTYPES, LAYOUTS, table
 
 import zfcore.ops as ops
 
 # 4 dtypes x 8 layouts x 48: 1,536 samples an op and backend.
 SAMPLES = 48
+
+pytestmark = on_gpu_too
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
