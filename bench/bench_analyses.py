@@ -327,15 +327,14 @@ def counted_work(occlusion: Occlusion) -> Work:
 
 def plain_scores(occlusion: Occlusion, plain: Plain) -> torch.Tensor:
     """[Gy * Gx]: the target's score at every position, by forwards of pictures with their boxes painted over."""
-    grid = Grid.over(plain.image.shape[2:], (occlusion.box,) * 2, (occlusion.stride,) * 2)
+    size = plain.image.shape[2:]
+    boxes = Grid.over(size, (occlusion.box,) * 2, (occlusion.stride,) * 2).boxes().view(-1, 4).to(plain.image.device)
+    rows, columns = (torch.arange(length, device=boxes.device) for length in size)
     scores = []
     with torch.inference_mode():
-        for begin in range(0, len(grid), PLAIN_BATCH):
-            places = [grid[at] for at in range(begin, min(begin + PLAIN_BATCH, len(grid)))]
-            batch = plain.image.repeat(len(places), 1, 1, 1)
-            for picture, (rows, columns) in zip(batch, places, strict=True):
-                picture[:, rows, columns] = 0
-            scores.append(plain(batch)[:, TARGET])
+        for y0, x0, y1, x1 in (some.T[:, :, None] for some in boxes.split(PLAIN_BATCH)):
+            under = ((rows >= y0) & (rows < y1))[:, None, :, None] & ((columns >= x0) & (columns < x1))[:, None, None]
+            scores.append(plain(torch.where(under, 0.0, plain.image))[:, TARGET])
     return torch.cat(scores)
 
 

@@ -73,7 +73,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     session, path = item.config.stash[SESSION], item.config.option.zfcore_json
     if report.skipped:
-        session.left_out[item.name] = str(call.excinfo.value)
+        session.left_out[item.name.removeprefix("test_")] = str(call.excinfo.value)
     elif path and call.when == "teardown" and session.measured:
         table.store(path, session.measured, session.left_out, ceilings.ceilings())
     return report
@@ -87,8 +87,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("zfcore")
     for line in table.text_table(session.measured):
         terminalreporter.write_line(line)
-    for name, why in session.left_out.items():
-        terminalreporter.write_line(f"left out: {name}: {why}")
+    for line in table.left_out_lines(session.left_out):
+        terminalreporter.write_line(line)
     top = ceilings.ceilings()
     terminalreporter.write_line(f"ceilings on {top}")
     if config.option.zfcore_json:

@@ -89,7 +89,7 @@ cd "$work" || exit 2
 export PYTHONPATH=$work/install${PYTHONPATH:+:$PYTHONPATH} TRITON_CACHE_DIR=$work/triton PYTHONUNBUFFERED=1
 pytest=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root")
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 
 # These two prove and do not time, so they may share the GPU.
 stage tests 170 "$out/tests.log" "${pytest[@]}" -p no:benchmark "${workers[@]}" "$root/tests" -m gpu --no-skips &
@@ -102,7 +102,7 @@ bench() { # bench NAME LIMIT: one file of benchmarks in a process of its own, so
     --benchmark-columns=median --device cuda --stop-after $(($2 - 15)) --zfcore-json "$work/$1.json"
 }
 bench analyses 65
-bench ops 55
+bench ops 75
 bench changes 45
 bench kernels 30
 bench steps 30

@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
 class Groups:
     """Of one session: what has been measured, and against which floors; a group without one is not held.
 
-    left_out: by group, why it could not be measured.
+    left_out: by row, why it was not measured.
     """
 
     def __init__(self, floors: Mapping[str, float]):

@@ -151,10 +151,18 @@ def environment(ceilings: Ceilings) -> dict[str, object]:
     }
 
 
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """A line for every reason. left_out: reasons by row."""
+    return [
+        f"left out: {', '.join(row for row, why in left_out.items() if why == reason)}: {reason}"
+        for reason in dict.fromkeys(left_out.values())
+    ]
+
+
 def page(stored: Mapping[str, object]) -> str:
     """A stored run as Markdown."""
     facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in stored["measured_on"].items()]
-    left_out = [f"- left out: {group}: {why}" for group, why in stored["left_out"].items()]
+    left_out = [f"- {line}" for line in left_out_lines(stored["left_out"])]
     rows = [Measured(**row) for row in stored["rows"]]
     return "\n".join(["# One run of the benchmarks", "", *facts, *left_out, "", *markdown_table(rows)]) + "\n"
 
