@@ -12,7 +12,7 @@
 #   PYTHONPATH=...                      may bring Captum, the other side of some comparisons, which are left out without
 # Ends with 1 if a stage failed or found no time, and with 2 if nothing could be begun.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 python=${PYTHON:-python3}
 out=${OUT:-out/gpu_check}
