@@ -9,10 +9,12 @@ multiply-adds that the engine counts; times there are of the wall clock.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -244,15 +246,20 @@ def test_deconv_project_beside_dense_maps(row, groups, benchmark):
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """What the other sides of an occlusion run: a network, and the first image, in the occlusion's precision."""
+    """What the other sides of an occlusion run, inside `running`: a network, and the first image."""
 
     network: nn.Module
     image: torch.Tensor
     precision: str
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        with arithmetic(self.precision if on_gpu() else "exact"):
-            return self.network(x).softmax(1)
+        return self.network(x).softmax(1)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The occlusion's precision, once around all forwards, which share what autocast makes of the weights."""
+        with torch.inference_mode(), arithmetic(self.precision if on_gpu() else "exact"):
+            yield
 
 
 def plain_of(occlusion: Occlusion) -> Plain:
@@ -270,18 +277,18 @@ class CaptumOcclusion:
     def __init__(self, occlusion: Occlusion, plain: Plain, target: int):
         attr = pytest.importorskip("captum.attr", reason="Captum is the other side of this comparison")
         self.attribution = attr.Occlusion(plain)
-        self.occlusion, self.image, self.target = occlusion, plain.image, target
-        with torch.inference_mode():
-            batches = {count: self.image.repeat(count, 1, 1, 1) for count in PERTURBATIONS}
+        self.occlusion, self.plain, self.target = occlusion, plain, target
+        with plain.running():
+            batches = {count: plain.image.repeat(count, 1, 1, 1) for count in PERTURBATIONS}
             for count in PERTURBATIONS if on_gpu() else PERTURBATIONS[:1]:
                 plain(batches[count])  # a first forward makes the model's own preparations
             self.best = min(PERTURBATIONS, key=lambda n: timed(lambda: plain(batches[n])) / n)
 
     def __call__(self) -> torch.Tensor:
         box, stride = self.occlusion.box, self.occlusion.captum_stride
-        with torch.inference_mode():
+        with self.plain.running():
             return self.attribution.attribute(
-                self.image,
+                self.plain.image,
                 sliding_window_shapes=(3, box, box),
                 strides=(3, stride, stride),
                 target=self.target,
@@ -318,7 +325,7 @@ def check_scores(occlusion: Occlusion, scores: torch.Tensor) -> None:
 
 
 def counted_work(occlusion: Occlusion) -> Work:
-    """The multiply-adds of a position that the engine counts; where it runs plain forwards, nothing is counted."""
+    """The multiply-adds of a position that the engine counts, and those of a whole forward."""
     model, _, images = occlusion_subject(occlusion)
     found = calls.ready(model, images[:1], box=occlusion.box, stride=occlusion.stride, precision=occlusion.precision)
     precision = "float32" if occlusion.precision == "exact" else occlusion.precision
@@ -331,7 +338,7 @@ def plain_scores(occlusion: Occlusion, plain: Plain) -> torch.Tensor:
     boxes = Grid.over(size, (occlusion.box,) * 2, (occlusion.stride,) * 2).boxes().view(-1, 4).to(plain.image.device)
     rows, columns = (torch.arange(length, device=boxes.device) for length in size)
     scores = []
-    with torch.inference_mode():
+    with plain.running():
         for y0, x0, y1, x1 in (some.T[:, :, None] for some in boxes.split(PLAIN_BATCH)):
             under = ((rows >= y0) & (rows < y1))[:, None, :, None] & ((columns >= x0) & (columns < x1))[:, None, None]
             scores.append(plain(torch.where(under, 0.0, plain.image))[:, TARGET])
