@@ -55,8 +55,8 @@ def products(precision: str) -> dict[str, Product]:
     model, image = ZFNet().eval().to(device()), torch.rand(1, 3, 224, 224).to(device()) * 255 - 128
     rows, columns = PART
     found = calls.ready(model, image, box=BOX, stride=STRIDE, precision=precision, batch_size=rows * columns)
-    every = calls.of_batch(found, calls.middle(found, rows, columns))
-    return {call.name: Product(*call.arguments) for call in every if call.op is conv_delta}
+    every = calls.products(found, calls.middle(found, rows, columns))
+    return {name: Product(*call.arguments) for name, call in every.items()}
 
 
 def under(product: Product) -> torch.Tensor:
@@ -111,8 +111,6 @@ def check(outputs: dict, precision: str) -> None:
     ("name", "precision"), [pytest.param(*case, id="-".join(case).removesuffix("-exact")) for case in CASES]
 )
 def test_conv_delta(name, precision, row, groups, benchmark):
-    if name not in products(precision):
-        pytest.skip(f"the engine gives {name} to another op here")
     product = products(precision)[name]
     groups.row(
         benchmark,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+import zfcore
 import zfcore.engine.sweep as engine
 from torch import Tensor, nn
 from zfcore.engine.sweep import Sweep
-
-OPS = ("paste_boxes", "conv_boxes", "conv_delta", "depthwise_delta", "pool_delta", "lrn_delta", "relu_delta")
+from zfcore.ops.conv_delta import conv_delta
 
 
 class Ready(NamedTuple):
@@ -37,8 +38,6 @@ class _Stop(Exception):
 
 def ready(model: nn.Module, images: Tensor, **options: object) -> Ready:
     """The engine as ``occlusion_map`` with these options makes it ready, up to its first batch."""
-    import zfcore
-
     found = []
 
     def run(*arguments):
@@ -59,40 +58,70 @@ def name_of(step: object) -> str:
     return step.result.name.replace("relu", "relu" if size is None else "conv" if size != (1, 1) else "fc")
 
 
-@torch.no_grad()
-def of_batch(found: Ready, index: Tensor) -> list[Call]:
-    """The calls for the positions `index` [k], one batch, with changes and memory for results of their own."""
-    calls: list[Call] = []
-    working = ["picture"]
+def _first_batch(found: Ready, index: Tensor, around: Callable) -> None:
+    """Runs the positions `index` [k], one batch; around(step, run, batch) gives each step's result."""
+
+    def changed(step, run):
+        return lambda sweep, step, batch: around(step, lambda: run(sweep, step, batch), batch)
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for step in found.sweep.steps:
+            stack.enter_context(mock.patch.object(step, "run", changed(step, step.run)))
+        next(found.sweep.run(found.images, found.fill, found.maps, index))
+
+
+@contextlib.contextmanager
+def _recording(calls: list[Call], working: list[str]) -> Iterator[None]:
+    """Notes every call of an op, with a first argument and memory for its result of its own. working: the layer."""
 
     def recorded(op):
-        def call(delta, *arguments):
-            kept = delta.clone(memory_format=torch.preserve_format)
-            result = op(delta, *arguments)
+        def call(first, *arguments):
+            kept = first.clone(memory_format=torch.preserve_format)
+            result = op(first, *arguments)
             own = tuple(torch.empty_like(x) if x is result else x for x in arguments)
-            calls.append(Call(op, working[0], (kept, *own)))
+            calls.append(Call(op, working[-1], (kept, *own)))
             return result
 
         return call
 
-    def named(step, run):
-        def change(sweep, step, batch):
-            working[0] = name_of(step)
-            return run(sweep, step, batch)
+    with contextlib.ExitStack() as stack:
+        for name, value in list(vars(engine).items()):
+            if getattr(value, "__module__", "") == f"zfcore.ops.{name}":  # an op's file bears its name
+                stack.enter_context(mock.patch.object(engine, name, recorded(value)))
+        yield
 
-        return change
 
-    patches = [mock.patch.object(engine, op, recorded(getattr(engine, op))) for op in OPS if hasattr(engine, op)]
-    patches += [mock.patch.object(step, "run", named(step, step.run)) for step in found.sweep.steps]
-    for patch in patches:
-        patch.start()
-    try:
-        for _ in found.sweep.run(found.images, found.fill, found.maps, index):
-            return calls
-    finally:
-        for patch in patches:
-            patch.stop()
-    raise AssertionError("no position was worked at")
+def of_batch(found: Ready, index: Tensor) -> list[Call]:
+    """The calls of ops for the positions `index` [k], one batch."""
+    calls: list[Call] = []
+    working = ["picture"]
+
+    def around(step, run, batch):
+        working.append(name_of(step))
+        return run()
+
+    with _recording(calls, working):
+        _first_batch(found, index, around)
+    return calls
+
+
+def products(found: Ready, index: Tensor) -> dict[str, Call]:
+    """By layer, the calls of ``conv_delta`` that do what each product of the batch does."""
+    calls: dict[str, Call] = {}
+
+    def around(step, run, batch):
+        result = run()
+        if step.filters is not None:
+            sweep, source = found.sweep, step.sources[0]
+            delta = sweep.painted(found.images, found.fill, batch) if source is sweep.picture else batch.changes[source]
+            delta = delta.clone(memory_format=torch.preserve_format)
+            clean = batch.maps[step.before] if step.before else None
+            arguments = (delta, step.filters, step.convolution, sweep.places(step, batch), clean)
+            calls[name_of(step)] = Call(conv_delta, name_of(step), (*arguments, torch.empty_like(result)))
+        return result
+
+    _first_batch(found, index, around)
+    return calls
 
 
 def middle(found: Ready, rows: int, columns: int) -> Tensor:

@@ -38,12 +38,12 @@ def page(together: dict[str, object]) -> str:
     lines = ["", "| stage | seconds | result |", "| --- | ---: | --- |"]
     lines += [f"| {stage['stage']} | {stage['seconds']} | {stage['result']} |" for stage in together["stages"]]
     if together["tuning"]:
-        lines += ["", "| kernel | layer | precision | rows x filters | rule | best | rule / best |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | ---: |"]
+        lines += ["", "| kernel | layer | asked for | rule | best | rule / best |"]
+        lines += ["| --- | --- | --- | --- | --- | ---: |"]
     for found in together["tuning"]:
-        layer, size = f"{found['network']} {found['layer']}", f"{found['rows']} x {found['filters']}"
+        asked = ", ".join(f"{name} {value}" for name, value in found["asked"].items())
         tiles = (" ".join(map(str, found[which])) for which in ("rule", "best"))
-        row = (found["kernel"], layer, found["precision"], size, *tiles, f"{found['rule_over_best']:.2f}")
+        row = (found["kernel"], f"{found['network']} {found['layer']}", asked, *tiles, f"{found['rule_over_best']:.2f}")
         lines.append(f"| {' | '.join(row)} |")
     return table.page(together) + "\n".join(lines) + "\n"
 

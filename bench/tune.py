@@ -3,14 +3,15 @@
     python bench/tune.py [--seconds 80] [--json PATH]
 
 For each layer and precision: which configuration of the kernel's own table is the fastest on this GPU, and which one its rule
-takes. A kernel joins with an entry in KERNELS: a module of `zfcore.kernels` whose launcher asks its `config_of` for one of
-`configs(precision, capability)`, and calls of ops that launch it.
+takes. A kernel joins with an entry in KERNELS: a module of `zfcore.kernels` whose launcher asks its `config_of` for one of its
+`configs`, and calls of ops that launch it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import statistics
 import sys
@@ -60,14 +61,21 @@ def occlusion_calls(network: Network, precision: str) -> list[calls.Call]:
 KERNELS = {"conv_delta": occlusion_calls}
 
 
+def table_for(module: ModuleType, asked: dict) -> tuple:
+    """The configurations that the rule chose from when it was asked with these arguments."""
+    return module.configs(**{name: asked[name] for name in inspect.signature(module.configs).parameters if name in asked})
+
+
 def tuned(module: ModuleType, call: calls.Call) -> dict | None:
     """Milliseconds of every configuration for the call, or None where it does not launch the module's kernel."""
-    asked: list[tuple] = []
+    asked: list[dict] = []
     rule = module.config_of
 
-    def noted(*key):
-        asked.append(key)
-        return rule(*key)
+    def noted(*key, **named):
+        bound = inspect.signature(rule).bind(*key, **named)
+        bound.apply_defaults()
+        asked.append(dict(bound.arguments))
+        return rule(*key, **named)
 
     def run():
         return call.op(*call.arguments)
@@ -76,18 +84,17 @@ def tuned(module: ModuleType, call: calls.Call) -> dict | None:
         wanted = run().clone()
     if not asked:
         return None
-    precision, filters, rows, capability = asked[0]
     times = {}
-    for config in module.configs(precision, capability):
-        with mock.patch.object(module, "config_of", lambda *_, config=config: config):
+    for config in table_for(module, asked[0]):
+        with mock.patch.object(module, "config_of", lambda *_, config=config, **__: config):
             error = (run() - wanted).abs().max()
             if not error <= MAX_ERROR * wanted.abs().max():
                 raise AssertionError(f"{config} at {call.name}: its answer is off by {error:.1e}")
             times[tuple(config)] = 1e3 * statistics.median(timed(run) for _ in range(ROUNDS))
-    best = min(times, key=times.get)
+    best, chosen = min(times, key=times.get), tuple(rule(**asked[0]))
     return {
-        "layer": call.name, "precision": precision, "filters": filters, "rows": rows, "capability": capability,
-        "rule": list(rule(*asked[0])), "best": list(best), "rule_over_best": times[tuple(rule(*asked[0]))] / times[best],
+        "layer": call.name, "asked": asked[0], "rule": list(chosen), "best": list(best),
+        "rule_over_best": times[chosen] / times[best],
         "milliseconds": [[list(config), value] for config, value in times.items()],
     }  # fmt: skip
 
@@ -110,9 +117,8 @@ def measured(end: float) -> Iterator[dict]:
 
 def line(result: dict) -> str:
     return (
-        f"{result['kernel']} {result['network']} {result['layer']} {result['precision']}: "
-        f"{result['rows']} x {result['filters']}: rule {result['rule']}, best {result['best']}, "
-        f"{result['rule_over_best']:.2f} times as long"
+        f"{result['kernel']} {result['network']} {result['layer']}: {result['asked']}: rule {result['rule']}, "
+        f"best {result['best']}, {result['rule_over_best']:.2f} times as long"
     )
 
 
