@@ -1,36 +1,49 @@
 """The two analyses beside Captum's, at 224 x 224 pixels, once both give the same numbers; times are of one projection.
 
-zfcore projects the units of a layer at their strongest positions in one image, cropped, the clean forward included;
-Captum is called as its users call it, once a unit. It runs a twin of the network with torch's own pools; weights
-are the initial ones.
+zfcore projects the units of a layer at their strongest positions in one image (on a GPU 16), cropped, the clean forward
+included; Captum is called as its users call it, once a unit. It runs a twin of the network with torch's own pools; weights
+are the initial ones. On a GPU occlusion is measured in each precision, both sides in the same (Captum's bf16 under autocast
+and channels_last), beside batched plain forwards too, which need no Captum, and as a share of what the GPU could do of the
+multiply-adds that the engine counts; times there are of the wall clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import calls
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
 import zfcore
+from device import arithmetic, device, on_gpu
+from stages import Work
 from timing import timed
 from torch import nn
+from zfcore.engine.grid import Grid
 from zfcore.models import ZFNet
+from zfcore.occlusion import PRECISIONS
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 PEERS = (3, 17, 42, 90)  # the units that Captum is asked for, in turn
 DEEP = {"vgg16 conv5_3": ("vgg16", networks.CONV5_3, 32), "resnet18 layer4": ("resnet18", "layer4", 128)}
-DENSE_LAYER, DENSE_SEEDS = "conv5", 16  # of batched dense PyTorch
+DENSE_LAYER, DENSE_SEEDS = "conv5", 256 if on_gpu() else 16  # of batched dense PyTorch
+IMAGES = 16 if on_gpu() else 1  # that zfcore projects at once
 ROUNDS = 4
 
 
 class Occlusion(NamedTuple):
-    """box, stride: pixels. Captum's stride is the box, the widest that it takes; times are of one position."""
+    """box, stride: pixels. Captum's stride is the box, the widest that it takes, and on a GPU zfcore's, since it fills one
+    with many positions only. Times are of one position.
+    """
 
     network: str
     box: int
@@ -38,8 +51,17 @@ class Occlusion(NamedTuple):
     precision: str = "exact"
     rounds: int = 3
 
+    @property
+    def captum_stride(self) -> int:
+        return self.stride if on_gpu() else self.box
 
-OCCLUSIONS = {
+
+GPU_OCCLUSIONS = {
+    **{f"zfnet-box32-stride4-{precision}": Occlusion("zfnet", 32, 4, precision) for precision in PRECISIONS},
+    "vgg16-box32-stride16-exact": Occlusion("vgg16-classifier", 32, 16),
+    "resnet18-box32-stride16-exact": Occlusion("resnet18", 32, 16),
+}
+CPU_OCCLUSIONS = {
     "zfnet-box32-stride8": Occlusion("zfnet", 32, 8),
     "zfnet-box32-stride8-bf16": Occlusion("zfnet", 32, 8, "bf16"),
     "zfnet-box16-stride4": Occlusion("zfnet", 16, 4, rounds=2),
@@ -47,11 +69,15 @@ OCCLUSIONS = {
     "vgg16-box32-stride16": Occlusion("vgg16-classifier", 32, 16, rounds=1),
     "resnet18-box32-stride16": Occlusion("resnet18", 32, 16),
 }
-PERTURBATIONS = (4, 8, 16)  # of Captum's perturbations_per_eval, the best of which is taken
+OCCLUSIONS = GPU_OCCLUSIONS if on_gpu() else CPU_OCCLUSIONS
+# Of Captum's perturbations_per_eval, the best of which is taken.
+PERTURBATIONS = (32, 64, 128, 256, 512) if on_gpu() else (4, 8, 16)
+PLAIN_BATCH = 256  # of plain forwards, on a GPU
 SECONDS = 1.0
 TARGET = 7  # the class whose probability is mapped
-MAX_BF16_ERROR = 2e-2  # relative
-MAX_ERROR = 1e-5  # relative to the largest magnitude
+# Of the scores by precision, relative; and of everything else, relative to the largest magnitude.
+MAX_SCORE_ERROR = {"tf32": 2e-3, "bf16": 2e-2}
+MAX_ERROR = 1e-4 if on_gpu() else 1e-5  # a GPU's other side transforms its inputs
 ROWS = ("captum", "zfcore")
 DENSE_ROWS = ("pytorch", "zfcore")
 DENSE_GROUP = f"deconv_project {DENSE_LAYER}-dense nchw"
@@ -60,11 +86,12 @@ GROUPS = [
     *(f"deconv_project {name.replace(' ', '-')} nchw" for name in DEEP),
     DENSE_GROUP,
     *(f"occlusion_map {name} nchw" for name in OCCLUSIONS),
+    *(f"occlusion_map {name}-plain nchw" for name in OCCLUSIONS if on_gpu()),
 ]
 
 
 class Subject(NamedTuple):
-    """model, and twin: the same weights, torch's pools; images: [1, 3, 224, 224]."""
+    """model, and twin: the same weights, torch's pools; images: [IMAGES, 3, 224, 224]."""
 
     model: nn.Module
     twin: nn.Module
@@ -74,18 +101,18 @@ class Subject(NamedTuple):
 @functools.cache
 def subject() -> Subject:
     torch.manual_seed(0)
-    model = ZFNet().eval()
+    model = ZFNet().eval().to(device())
     twin = copy.deepcopy(model)
     for name, module in model.named_children():
         if isinstance(module, nn.MaxPool2d):
             setattr(twin, name, nn.MaxPool2d(module.kernel_size, module.stride, module.padding))
-    return Subject(model, twin, torch.rand(1, 3, 224, 224) * 255 - 128)
+    return Subject(model, twin, torch.rand(IMAGES, 3, 224, 224).to(device()) * 255 - 128)
 
 
 @functools.cache
 def deep_subject(name: str) -> Subject:
-    model = networks.randomised(name)
-    return Subject(model, model, torch.randn(1, 3, 224, 224))
+    model = networks.randomised(name).to(device())
+    return Subject(model, model, torch.randn(IMAGES, 3, 224, 224).to(device()))
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -111,12 +138,13 @@ def beside_captum(groups, benchmark, group: str, row: str, found: Subject, layer
         return zfcore.deconv_project(model, images, layer, chosen, seed="one", crop=True)
 
     first = project()
+    places = first.positions[0].tolist()
     peers = [unit for unit in PEERS if unit < first.pixels.shape[1]]
     turn = itertools.cycle(peers)
 
     def attribute(unit=None):
         unit = next(turn) if unit is None else unit
-        return deconvolution.attribute(images, (unit, *first.positions[0, unit].tolist())).detach()
+        return deconvolution.attribute(images[:1], (unit, *places[unit])).detach()
 
     def check(outputs):
         projection = outputs["zfcore"]
@@ -132,7 +160,8 @@ def beside_captum(groups, benchmark, group: str, row: str, found: Subject, layer
         against="captum",
         seconds=SECONDS,
         least=ROUNDS,
-        items={"zfcore": first.pixels.shape[1]},
+        items={"zfcore": len(images) * first.pixels.shape[1]},
+        wall=True,
     )
 
 
@@ -147,14 +176,6 @@ quiet = [
 @pytest.mark.parametrize("layer", [pytest.param(layer, marks=quiet) for layer in LAYERS])
 def test_deconv_project(layer, row, groups, benchmark):
     beside_captum(groups, benchmark, f"deconv_project {layer} nchw", row, subject(), layer, None)
-
-
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=quiet) for name in DEEP])
-def test_deconv_project_of_deep_networks(name, row, groups, benchmark):
-    network, layer, units = DEEP[name]
-    group = f"deconv_project {name.replace(' ', '-')} nchw"
-    beside_captum(groups, benchmark, group, row, deep_subject(network), layer, units)
 
 
 def dense_projections(model: nn.Module, image: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -173,8 +194,8 @@ def dense_projections(model: nn.Module, image: torch.Tensor, units: torch.Tensor
         if name == DENSE_LAYER:
             break
     strongest = x[0, units].flatten(1).argmax(1)
-    g = torch.zeros(len(units), x[0].numel())
-    g[torch.arange(len(units)), units * x[0, 0].numel() + strongest] = 1
+    g = x.new_zeros(len(units), x[0].numel())
+    g[torch.arange(len(units), device=x.device), units * x[0, 0].numel() + strongest] = 1
     g = g.view(len(units), *x.shape[1:])
     for module, before, index in reversed(stages):
         if isinstance(module, nn.MaxPool2d):
@@ -195,14 +216,14 @@ def dense_projections(model: nn.Module, image: torch.Tensor, units: torch.Tensor
 @pytest.mark.parametrize("row", DENSE_ROWS)
 def test_deconv_project_beside_dense_maps(row, groups, benchmark):
     model, twin, images = subject()
-    units = torch.arange(DENSE_SEEDS)
+    units = torch.arange(DENSE_SEEDS, device=device())
 
     def project():
         return zfcore.deconv_project(model, images, DENSE_LAYER, seed="one", crop=True)
 
     @torch.no_grad()
     def dense():
-        return dense_projections(twin, images, units)
+        return dense_projections(twin, images[:1], units)
 
     def check(outputs):
         projection = outputs["zfcore"]
@@ -218,29 +239,58 @@ def test_deconv_project_beside_dense_maps(row, groups, benchmark):
         against="pytorch",
         seconds=SECONDS,
         least=ROUNDS,
-        items={"pytorch": DENSE_SEEDS, "zfcore": model.conv5.out_channels},
+        items={"pytorch": DENSE_SEEDS, "zfcore": len(images) * model.conv5.out_channels},
+        wall=True,
     )
 
 
-class CaptumOcclusion:
-    """Captum's side of an occlusion: its coarser grid, at the perturbations_per_eval that suit it best."""
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """What the other sides of an occlusion run, inside `running`: a network, and the first image."""
 
-    def __init__(self, occlusion: Occlusion, found: Subject, target: int):
+    network: nn.Module
+    image: torch.Tensor
+    precision: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x).softmax(1)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The occlusion's precision, once around all forwards, which share what autocast makes of the weights."""
+        with torch.inference_mode(), arithmetic(self.precision if on_gpu() else "exact"):
+            yield
+
+
+def plain_of(occlusion: Occlusion) -> Plain:
+    found = occlusion_subject(occlusion)
+    network, image = found.twin, found.images[:1]
+    if on_gpu() and occlusion.precision == "bf16":
+        last = {"memory_format": torch.channels_last}
+        network, image = copy.deepcopy(network).to(**last), image.contiguous(**last)
+    return Plain(network, image, occlusion.precision)
+
+
+class CaptumOcclusion:
+    """Captum's side of an occlusion: its own grid, at the perturbations_per_eval that suit it best."""
+
+    def __init__(self, occlusion: Occlusion, plain: Plain, target: int):
         attr = pytest.importorskip("captum.attr", reason="Captum is the other side of this comparison")
-        self.attribution = attr.Occlusion(lambda x: found.twin(x).softmax(1))
-        self.occlusion, self.images, self.target = occlusion, found.images, target
-        with torch.inference_mode():
-            batches = {count: self.images.repeat(count, 1, 1, 1) for count in PERTURBATIONS}
-            found.twin(batches[PERTURBATIONS[0]])  # a first forward makes the model's own preparations
-            self.best = min(PERTURBATIONS, key=lambda n: timed(lambda: found.twin(batches[n])) / n)
+        self.attribution = attr.Occlusion(plain)
+        self.occlusion, self.plain, self.target = occlusion, plain, target
+        with plain.running():
+            batches = {count: plain.image.repeat(count, 1, 1, 1) for count in PERTURBATIONS}
+            for count in PERTURBATIONS if on_gpu() else PERTURBATIONS[:1]:
+                plain(batches[count])  # a first forward makes the model's own preparations
+            self.best = min(PERTURBATIONS, key=lambda n: timed(lambda: plain(batches[n])) / n)
 
     def __call__(self) -> torch.Tensor:
-        box = self.occlusion.box
-        with torch.inference_mode():
+        box, stride = self.occlusion.box, self.occlusion.captum_stride
+        with self.plain.running():
             return self.attribution.attribute(
-                self.images,
+                self.plain.image,
                 sliding_window_shapes=(3, box, box),
-                strides=(3, box, box),
+                strides=(3, stride, stride),
                 target=self.target,
                 perturbations_per_eval=self.best,
             )
@@ -253,45 +303,110 @@ def positions(box: int, stride: int) -> int:
 @functools.cache
 def captum_occlusion(name: str) -> CaptumOcclusion:
     occlusion = OCCLUSIONS[name]
-    return CaptumOcclusion(occlusion, occlusion_subject(occlusion), TARGET)
+    return CaptumOcclusion(occlusion, plain_of(occlusion), TARGET)
 
 
 def occlusion_subject(occlusion: Occlusion) -> Subject:
     return subject() if occlusion.network == "zfnet" else deep_subject(occlusion.network)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", OCCLUSIONS)
-def test_occlusion_map(name, row, groups, benchmark):
-    """Every position of zfcore's grid, the clean forward included; Captum's has fewer, which cost it as much each."""
-    occlusion, captum = OCCLUSIONS[name], captum_occlusion(name)
+def occlude(occlusion: Occlusion, **changed: object) -> zfcore.Occlusion:
+    """zfcore's side of an occlusion, of the first image."""
     model, _, images = occlusion_subject(occlusion)
+    options = {"box": occlusion.box, "stride": occlusion.stride, "precision": occlusion.precision, **changed}
+    return zfcore.occlusion_map(model, images[:1], TARGET, **options)
 
-    def occlude(stride=occlusion.stride, precision=occlusion.precision):
-        return zfcore.occlusion_map(
-            model, images, TARGET, box=occlusion.box, stride=stride, precision=precision
-        )
+
+def check_scores(occlusion: Occlusion, scores: torch.Tensor) -> None:
+    """A narrow precision's beside the exact ones."""
+    if occlusion.precision != "exact":
+        exact = occlude(occlusion, precision="exact").scores
+        assert ((scores - exact).abs() <= MAX_SCORE_ERROR[occlusion.precision] * exact.abs()).all()
+
+
+def counted_work(occlusion: Occlusion) -> Work:
+    """The multiply-adds of a position that the engine counts, and those of a whole forward."""
+    model, _, images = occlusion_subject(occlusion)
+    found = calls.ready(model, images[:1], box=occlusion.box, stride=occlusion.stride, precision=occlusion.precision)
+    precision = "float32" if occlusion.precision == "exact" else occlusion.precision
+    return Work(0, int(2 * found.sweep.macs), int(2 * found.sweep.plain_macs), precision)
+
+
+def plain_scores(occlusion: Occlusion, plain: Plain) -> torch.Tensor:
+    """[Gy * Gx]: the target's score at every position, by forwards of pictures with their boxes painted over."""
+    size = plain.image.shape[2:]
+    boxes = Grid.over(size, (occlusion.box,) * 2, (occlusion.stride,) * 2).boxes().view(-1, 4).to(plain.image.device)
+    rows, columns = (torch.arange(length, device=boxes.device) for length in size)
+    scores = []
+    with plain.running():
+        for y0, x0, y1, x1 in (some.T[:, :, None] for some in boxes.split(PLAIN_BATCH)):
+            under = ((rows >= y0) & (rows < y1))[:, None, :, None] & ((columns >= x0) & (columns < x1))[:, None, None]
+            scores.append(plain(torch.where(under, 0.0, plain.image))[:, TARGET])
+    return torch.cat(scores)
+
+
+def captum_side(occlusion: Occlusion, name: str) -> tuple:
+    """Captum's call, how many answers it gives, and a check of both sides' outputs."""
+    captum = captum_occlusion(name)
+
+    def check(ours, theirs):
+        if occlusion.precision == "exact" or not on_gpu():  # a CPU's Captum computes in float32
+            exact = occlude(occlusion, stride=occlusion.captum_stride, precision="exact")
+            # Of the score: what it falls by is a difference of numbers that are nearly equal.
+            error = (exact.heatmap()[0] - theirs[0, 0]).abs().max() / exact.clean[0]
+            assert error <= MAX_ERROR, f"relative error {error:.1e}"
+
+    return captum, positions(occlusion.box, occlusion.captum_stride) + 1, check  # and the picture without a box
+
+
+def plain_side(occlusion: Occlusion, name: str) -> tuple:
+    """The same of plain forwards."""
+    plain = plain_of(occlusion)
+
+    def check(ours, theirs):
+        error = MAX_SCORE_ERROR.get(occlusion.precision, MAX_ERROR)
+        assert ((ours.scores.flatten() - theirs).abs() <= 2 * error * theirs.abs()).all()
+
+    return lambda: plain_scores(occlusion, plain), positions(occlusion.box, occlusion.stride), check
+
+
+SIDES = {"captum": captum_side, "pytorch": plain_side}
+OCCLUSION_CASES = [
+    pytest.param(name, against, row, id="-".join((name, row) if against == "captum" else (name, "plain", row)))
+    for against in (SIDES if on_gpu() else ("captum",))
+    for name in OCCLUSIONS
+    for row in (against, "zfcore")
+]
+
+
+@pytest.mark.parametrize(("name", "against", "row"), OCCLUSION_CASES)
+def test_occlusion_map(name, against, row, groups, benchmark):
+    """Every position of zfcore's grid, the clean forward included; where Captum's has fewer, they cost it as much each."""
+    occlusion = OCCLUSIONS[name]
+    other, answers, check_other = SIDES[against](occlusion, name)
 
     def check(outputs):
-        ours, theirs = occlude(occlusion.box, "exact"), outputs["captum"][0, 0]
-        # Of the score: what it falls by is a difference of numbers that are nearly equal.
-        error = (ours.heatmap()[0] - theirs).abs().max() / ours.clean[0]
-        assert error <= MAX_ERROR, f"relative error {error:.1e}"
-        if occlusion.precision == "bf16":
-            exact = occlude(precision="exact").scores
-            assert ((outputs["zfcore"].scores - exact).abs() <= MAX_BF16_ERROR * exact.abs()).all()
+        check_other(outputs["zfcore"], outputs[against])
+        check_scores(occlusion, outputs["zfcore"].scores)
 
     groups.row(
         benchmark,
-        f"occlusion_map {name} nchw",
+        f"occlusion_map {name}{'' if against == 'captum' else '-plain'} nchw",
         row,
-        {"captum": captum, "zfcore": occlude},
+        {against: other, "zfcore": lambda: occlude(occlusion)},
         check,
-        against="captum",
+        (lambda: counted_work(occlusion)) if on_gpu() else None,
+        against=against,
         seconds=SECONDS,
         least=occlusion.rounds,
-        items={
-            "captum": positions(occlusion.box, occlusion.box) + 1,  # and the picture without a box
-            "zfcore": positions(occlusion.box, occlusion.stride),
-        },
+        items={against: answers, "zfcore": positions(occlusion.box, occlusion.stride)},
+        wall=True,
     )
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=quiet) for name in DEEP])
+def test_deconv_project_of_deep_networks(name, row, groups, benchmark):
+    network, layer, units = DEEP[name]
+    group = f"deconv_project {name.replace(' ', '-')} nchw"
+    beside_captum(groups, benchmark, group, row, deep_subject(network), layer, units)

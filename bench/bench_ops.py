@@ -1,4 +1,4 @@
-"""Every op at ZFNet's shapes, batch 32, both layouts, beside the PyTorch path that a user would write.
+"""Every op at ZFNet's shapes, batch 32 (256 on a GPU), both layouts, beside the PyTorch path that a user would write.
 
 Rows of a group: `pytorch`; `zfcore`, which gives the same answer as that path; `zfcore-sum` where
 overlapping windows can name one place twice: PyTorch's unpooling keeps one of the values (`overlap="last"`),
@@ -15,11 +15,13 @@ import pytest
 import stages
 import torch
 import torch.nn.functional as F
+from device import on_gpu
 from stages import Stage, Tensors
 
 from zfcore import ops, use_backend
 
-MAX_ERROR = 1e-5  # of a fused step, relative to the largest magnitude of the result
+# Of a fused step, relative to the largest magnitude of the result; on a GPU the other side transforms its inputs.
+MAX_ERROR = 1e-4 if on_gpu() else 1e-5
 
 
 def same(ours, theirs):

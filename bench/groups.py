@@ -42,9 +42,9 @@ class Measured:
 def rates(work: Work, seconds: float) -> dict[str, float | None]:
     """Rates of the least work, and the time that the machine needs for it as a share of the time taken."""
     top = ceilings()
-    least = max(work.bytes / top.bytes_per_second, work.flops / top.flops_per_second)
+    least = max(work.bytes / top.bytes_per_second, work.flops / top.peak(work.precision))
     return {
-        "gigabytes_per_second": work.bytes / seconds / 1e9,
+        "gigabytes_per_second": work.bytes / seconds / 1e9 if work.bytes else None,
         "gigaflops": work.flops / seconds / 1e9 if work.flops else None,
         "gigaflops_dense": work.dense_flops / seconds / 1e9 if work.flops else None,
         "share_of_ceiling": least / seconds,
@@ -59,22 +59,26 @@ class Comparison(NamedTuple):
 
 
 class Groups:
-    """Of one session: what has been measured, and against which floors."""
+    """Of one session: what has been measured, and against which floors; a group without one is not held.
+
+    left_out: by row, why it was not measured.
+    """
 
     def __init__(self, floors: Mapping[str, float]):
         self.floors = floors
         self.measured: list[Measured] = []
+        self.left_out: dict[str, str] = {}
         self._compared: dict[str, Comparison] = {}
 
-    def _compare(self, group, rows, check, work, against, seconds, least, items) -> Comparison:
+    def _compare(self, group, rows, check, work, against, seconds, least, items, wall) -> Comparison:
         check({name: run() for name, run in rows.items()})
 
         def each(seconds, least):
-            times = interleave(rows, seconds, least)
+            times = interleave(rows, seconds, least, wall)
             return {name: [t / items.get(name, 1) for t in taken] for name, taken in times.items()}
 
-        times = each(seconds, least)
-        if min(ratio(times[against], times[name]) for name in rows if name != against) < self.floors[group]:
+        times, floor = each(seconds, least), self.floors.get(group)
+        if floor is not None and min(ratio(times[against], times[name]) for name in rows if name != against) < floor:
             times = each(AGAIN * seconds, AGAIN * least)
         return Comparison(times, work() if work else None)
 
@@ -91,15 +95,17 @@ class Groups:
         seconds: float = SECONDS,
         least: int = LEAST_ROUNDS,
         items: Mapping[str, int] = MappingProxyType({}),
+        wall: bool = False,
     ) -> None:
         """Time `row` of `group`, and hold it to the group's floor unless it is the row they are held against.
 
-        items: how many answers a row gives in one run, where it is not one; times are then of one answer.
+        items: how many answers a row gives in one run, where it is not one; times and work are then of one answer.
+        wall: on a GPU, count the host's own time too.
         All of `rows` are checked and timed at the group's first row, for `seconds` or `least` rounds.
         """
         if group not in self._compared:
             self._compared[group] = self._compare(
-                group, rows, check, work, against, seconds, least, items
+                group, rows, check, work, against, seconds, least, items, wall
             )
         times, counted = self._compared[group]
         own = times[row]
@@ -113,10 +119,10 @@ class Groups:
                 "against": against,
                 "against_milliseconds": statistics.median(times[against]) * 1e3,
                 "ratio": ratio(times[against], own),
-                "floor": self.floors[group],
+                "floor": self.floors.get(group),
             }
         self._note(benchmark, Measured(group, row, median * 1e3, len(own), **numbers))
-        if row != against:
+        if row != against and group in self.floors:
             check_floor(group, row, numbers["ratio"], self.floors[group])
 
     def alone(self, benchmark, group: str, row: str, run: Callable[[], object]) -> None:

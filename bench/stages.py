@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from device import device, on_gpu
 
 from zfcore.ops import max_pool2d_with_switches
 
-BATCH = 32
+BATCH, GPU_BATCH = 32, 256
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -80,31 +81,36 @@ class Tensors(NamedTuple):
 
 
 def make_tensors(stage: Stage, layout: str, dtype: torch.dtype) -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+    where = {"generator": torch.Generator(device()).manual_seed(0), "device": device()}
     memory_format = LAYOUTS[layout]
-    x = torch.randn(BATCH, stage.channels, stage.size, stage.size, generator=generator).relu_()
+    batch = GPU_BATCH if on_gpu() else BATCH
+    x = torch.randn(batch, stage.channels, stage.size, stage.size, **where).relu_()
     x = x.to(dtype=dtype, memory_format=memory_format)
     y, indices = F.max_pool2d(x, *stage.pool, return_indices=True)
     _, switches = max_pool2d_with_switches(x, *stage.pool)
     kernel = stage.conv_kernel
-    weight = torch.randn(stage.channels, stage.below_channels, kernel, kernel, generator=generator)
+    weight = torch.randn(stage.channels, stage.below_channels, kernel, kernel, **where)
     return Tensors(x, y, switches, indices, weight.to(dtype=dtype, memory_format=memory_format))
 
 
 def switch_indices(stage: Stage, switches: torch.Tensor) -> torch.Tensor:
     """The places in the map (row * width + column) that the switches name, as torch's indices: int64."""
-    corner = torch.arange(stage.pooled) * stage.stride - stage.padding
+    corner = torch.arange(stage.pooled, device=switches.device) * stage.stride - stage.padding
     taps = switches.long()
     rows = corner[:, None] + taps // stage.kernel
     return rows * stage.size + corner + taps % stage.kernel
 
 
 class Work(NamedTuple):
-    """The least that an op must do: bytes, operations on non-zeros, and those of the dense algorithm."""
+    """The least that an op must do: bytes, operations on non-zeros, and those of the dense algorithm.
+
+    precision: what the factors of products are rounded to, "float32", "tf32" or "bf16".
+    """
 
     bytes: int
     flops: int = 0
     dense_flops: int = 0
+    precision: str = "float32"
 
 
 def pool_work(stage: Stage, t: Tensors) -> Work:
@@ -132,10 +138,11 @@ def fused_work(stage: Stage, t: Tensors) -> Work:
         1
     )  # of each row or column of u that reach the result
     products = taps[:, None] * taps * stage.below_channels  # [size, size]
-    nonzeros = (u > 0).sum((0, 1))
-    bytes_out = BATCH * stage.below_channels * stage.below_size**2 * t.y.element_size()
+    nonzeros = (u > 0).sum((0, 1)).cpu()
+    batch = len(t.y)
+    bytes_out = batch * stage.below_channels * stage.below_size**2 * t.y.element_size()
     return Work(
         t.y.nbytes + t.switches.nbytes + t.weight.nbytes + bytes_out,
         2 * int((nonzeros * products).sum()),
-        2 * int(products.sum()) * BATCH * stage.channels,
+        2 * int(products.sum()) * batch * stage.channels,
     )

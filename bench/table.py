@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from ceilings import Ceilings
+from ceilings import EXACT, Ceilings
+from device import on_gpu
 from groups import Measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,17 +97,28 @@ def cpu_features() -> tuple[str, str]:
     return ", ".join(names) or "none that matter", native.cpu_isa()
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of the working tree, marked where the tree differs from it; "unknown" without git."""
+    """The commit of the working tree, marked where the tree differs from it. Without git: $ZFCORE_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
         return run.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "zfcore", "bench")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "kernels", "zfcore", "bench")
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ZFCORE_COMMIT") or "unknown"
+
+
+@functools.cache
+def driver() -> str:
+    """The version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 
 
@@ -115,29 +129,49 @@ def package_version(name: str) -> str:
         return "not installed"
 
 
-def environment(ceilings: Ceilings) -> dict[str, object]:
+def processor() -> dict[str, object]:
+    if on_gpu():
+        major, minor = torch.cuda.get_device_capability()
+        own = {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}", "driver": driver()}
+        return {**own, "cuda": torch.version.cuda, "triton": package_version("triton")}
     features, isa = cpu_features()
+    return {"cpu": cpu_model(), "cpu_features": features, "kernels": isa, "threads": torch.get_num_threads()}
+
+
+def environment(ceilings: Ceilings) -> dict[str, object]:
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": cpu_model(),
-        "cpu_features": features,
-        "kernels": isa,
-        "threads": torch.get_num_threads(),
+        **processor(),
         "python": platform.python_version(),
         **{name: package_version(name) for name in ("torch", "numpy", "captum")},
         "copy_gigabytes_per_second": round(ceilings.bytes_per_second / 1e9, 2),
-        "float32_gigaflops": round(ceilings.flops_per_second / 1e9, 1),
-        "float32_peak_by": ceilings.peak_by,
+        **{f"{name}_gigaflops": round(rate / 1e9, 1) for name, rate in ceilings.flops_per_second.items()},
+        f"{EXACT}_peak_by": ceilings.peak_by,
     }
 
 
-def store(path: Path, rows: Sequence[Measured], ceilings: Ceilings) -> None:
-    """Write the run to `path` (JSON) and beside it as Markdown."""
-    measured_on = environment(ceilings)
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """A line for every reason. left_out: reasons by row."""
+    return [
+        f"left out: {', '.join(row for row, why in left_out.items() if why == reason)}: {reason}"
+        for reason in dict.fromkeys(left_out.values())
+    ]
+
+
+def page(stored: Mapping[str, object]) -> str:
+    """A stored run as Markdown."""
+    facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in stored["measured_on"].items()]
+    left_out = [f"- {line}" for line in left_out_lines(stored["left_out"])]
+    rows = [Measured(**row) for row in stored["rows"]]
+    return "\n".join(["# One run of the benchmarks", "", *facts, *left_out, "", *markdown_table(rows)]) + "\n"
+
+
+def store(path: Path, rows: Sequence[Measured], left_out: Mapping[str, str], ceilings: Ceilings) -> None:
+    """Write the run to `path` (JSON) and beside it as Markdown. left_out: groups that were not measured, and why."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"measured_on": measured_on, "rows": [asdict(row) for row in rows]}
+    stored = {
+        "measured_on": environment(ceilings), "left_out": dict(left_out), "rows": [asdict(row) for row in rows]
+    }  # fmt: skip
     path.write_text(json.dumps(stored, indent=1) + "\n")
-    facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in measured_on.items()]
-    page = ["# One run of the benchmarks", "", *facts, "", *markdown_table(rows)]
-    path.with_suffix(".md").write_text("\n".join(page) + "\n")
+    path.with_suffix(".md").write_text(page(stored))

@@ -1,10 +1,37 @@
-"""Shared by all tests: what is tested is an install whose native core loads, and each test starts from one seed."""
+"""Shared by all tests: what is tested is an install whose native core loads, and each test starts from one seed.
+
+--no-skips is for a machine that has everything, a GPU above all: a test that is skipped there has failed, since a check
+that did not run proves nothing.
+"""
 
 import random
 
 import numpy
 import pytest
 import torch
+
+# Reasons of skips that say nothing of the machine.
+HELD_ELSEWHERE = (
+    "one GPU: nothing to switch between",
+    "the CUDA kernels never read back",
+    "the CUDA kernels leave bad switches out",
+    "the arguments are checked before any kernel",
+    "set ZFCORE_LARGE=1",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that this machine skips fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if item.config.option.no_skips and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(call.excinfo.value)
+        if not any(known in reason for known in HELD_ELSEWHERE):
+            report.outcome, report.longrepr = "failed", f"skipped, which --no-skips forbids: {reason}"
+    return report
 
 
 def pytest_configure(config):

@@ -19,7 +19,10 @@ from zfcore import _C, reference
 POOLS = [(3, 2, 0), (3, 2, 1), (2, 2, 0), ((3, 2), (1, 3), (1, 0))]
 LAYOUTS = ("contiguous", "channels_last")
 
-pytestmark = pytest.mark.skipif(bool(why_missing("cuda")), reason=why_missing("cuda") or "a GPU is here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(why_missing("cuda")), reason=why_missing("cuda") or "a GPU is here"),
+]
 
 
 def make(shape=(4, 16, 27, 27), dtype=torch.float32, layout="contiguous", values="special", seed=0):

@@ -814,6 +814,7 @@ def test_tf32_is_exact_on_a_cpu():
     assert close(by_reference.scores, want.scores)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     model, images = network(VGGLike), pictures(2, (29, 37))

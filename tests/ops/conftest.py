@@ -7,7 +7,7 @@ import torch
 from running import present, running_on
 
 
-@pytest.fixture(params=present())
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in present()])
 def backend(request):
     """The test runs once on each backend of this machine; test_backends.py says why others are missing."""
     with running_on(request.param) as backend:

@@ -18,7 +18,7 @@ from zfcore.errors import ArgumentError, BackendUnavailable
 from zfcore.ops import _library
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.gpu) if n == "cuda" else n for n in BACKENDS])
 def test_backend_runs_here(name):
     missing = why_missing(name)
     if missing:

@@ -127,5 +127,5 @@ def test_the_batch_does_not_matter(backend):
     for number in range(5):
         alone = all_ops(x[number : number + 1], weight, window, {}, "sum")
         assert same_bits([r[number : number + 1] for r in batch[:-1]], alone[:-1])
-        if backend.name != "reference":  # whose convolution is torch's
+        if backend.name == "cpu":  # elsewhere the convolution is torch's
             assert same_bits([batch[-1][number : number + 1]], alone[-1:])

@@ -20,7 +20,7 @@ from zfcore.reference._params import ConvChange, Limits, Lrn, Places
 
 WHY = "" if torch.cuda.is_available() else "torch finds no usable CUDA device"
 WHY = WHY or backends()["triton"].reason
-pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "a GPU is here")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY), reason=WHY or "a GPU is here")]
 
 
 def patches(channels, units, groups, window, seed, size=(27, 27), patch=(9, 11), batch=200):
