@@ -34,11 +34,29 @@ class Window(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")]
 
 
+class DeconvStep(ctypes.Structure):
+    """csrc/deconv_step.h"""
+
+    _fields_ = [
+        *((name, View) for name in ("signal", "switches", "passes", "weight")),
+        *((name, ctypes.c_void_p) for name in ("filters", "not_finite")),
+        ("out", View),
+        *((name, ctypes.c_void_p) for name in ("image", "origin", "frame")),
+        *((name, ctypes.c_int64 * 2) for name in ("map", "below")),
+        *((name, Window) for name in ("pool", "conv")),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("rectify", "last", "whole")),
+    ]
+
+
 class CReport(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase")
+            for name in (
+                "launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase", "way", "in_shared",
+                "shared_bytes", "chunk",
+            )
         ),
         ("error", ctypes.c_char * 256),
     ]
@@ -55,6 +73,10 @@ class Report:
     packed: bool
     known_kernel: int
     phase: int
+    way: int
+    in_shared: int
+    shared_bytes: int
+    chunk: int
 
 
 def compiler() -> str | None:
@@ -150,6 +172,24 @@ class Driver:
         views = map(ctypes.byref, (images, fill, out))
         indices = [ctypes.c_void_p(t.data_ptr()) for t in (image, origin, boxes)]
         return self._call(self.library.paste_boxes, *views, *indices, int(backwards))
+
+    def deconv_step(self, signal, packed, step, image, origin, switches, passes, frame, out, limit, backwards=False):
+        """packed: the filters and their flag, as zfcore.ops.deconv_step.packed_for_cuda makes them."""
+        filters, not_finite = packed
+        k, kh, kw, channels = filters.shape
+        pair, nothing = ctypes.c_int64 * 2, View()
+        nothing.size[:] = nothing.stride[:] = (0,) * 4
+        address = [None if t is None else t.data_ptr() for t in (image, origin, frame)]
+        weight = View(None, CODES[signal.dtype], (k, channels, kh, kw), (0,) * 4)
+        op = DeconvStep(
+            view(signal),
+            nothing if switches is None else view(switches),
+            nothing if passes is None else view(passes.view(torch.uint8)),
+            weight, filters.data_ptr(), not_finite.data_ptr(), view(out), *address, pair(*step.map), pair(*step.below),
+            window(step.pool or ((1, 1), (1, 1), (0, 0), (1, 1))), window(step.conv), step.groups, step.rectify,
+            step.overlap == "last", step.whole,
+        )  # fmt: skip
+        return self._call(self.library.deconv_step, ctypes.byref(op), ctypes.c_int64(limit), int(backwards))
 
     def divide(self, divisor: int, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quotients and remainders; numbers are uint32 in an int64 tensor."""

@@ -8,8 +8,10 @@ from zfcore import reference
 from zfcore.errors import DtypeError, ShapeError
 from zfcore.ops import _boundary, _filters
 from zfcore.ops._library import choosing, native
+from zfcore.reference._geometry import accumulator
 from zfcore.reference._params import Pair, StepParams
 
+MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
@@ -86,7 +88,56 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
     return out
 
 
-_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu})
+def packed_for_cuda(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The filters as the kernels on a GPU read them, and whether any is infinite or NaN, made there without waiting.
+
+    weight: [K, C, kh, kw]; scale: [K], which multiplies it, or None. Returns [K, kh, kw, C] contiguous, float64 for
+    float64 and else float32, and one bool.
+    """
+    filters = weight.detach().to(accumulator(weight.dtype)).permute(0, 2, 3, 1)
+    if scale is not None:
+        filters = filters * scale.detach().to(filters.dtype)[:, None, None, None]
+    filters = filters.contiguous()
+    return filters, filters.isfinite().all().logical_not_()
+
+
+# What the CUDA kernel leaves to others.
+_wide = choosing("deconv_step with more than 4 channels below, or with groups,", {"reference": _reference})
+
+
+def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+    if step.groups != 1 or weight.size(1) > MOST_CUDA_CHANNELS:
+        return _wide(signal, weight, step, image, origin, switches, passes, scale, frame, out)
+    filters, not_finite = packed_for_cuda(weight, scale)
+    if out is None:
+        shape = _shape(signal, weight, step, frame)
+        out = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+    image, origin = image.contiguous(), origin.contiguous()
+    corner = None if frame is None else frame[0].contiguous()
+    native.deconv_step_cuda(
+        _boundary.view(signal),
+        None if switches is None else _boundary.view(switches),
+        None if passes is None else _boundary.view(passes.view(torch.uint8)),
+        _boundary.address(filters),
+        _boundary.address(not_finite),
+        _boundary.view(out),
+        _boundary.address(image),
+        _boundary.address(origin),
+        _boundary.address(corner),
+        tuple(step.map),
+        tuple(step.below),
+        IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
+        tuple(map(tuple, step.conv)),
+        step.rectify,
+        step.overlap == "last",
+        step.whole,
+        signal.device.index,
+        _boundary.stream(signal.device),
+    )
+    return out
+
+
+_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu, "cuda": _cuda})
 
 
 def deconv_step(
