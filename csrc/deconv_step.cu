@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(gpu::threads_per_block, 2) deconv_step_kernel(
   extern __shared__ __align__(gpu::vector_bytes) unsigned char memory[];
   T* const shared = reinterpret_cast<T*>(memory);
   // In shared memory it is read where it is needed, and takes no registers from the sums.
-  __shared__ typename Body::Tile tile;
+  __shared__ gpu::StepTile tile;
   if (threadIdx.x == 0) tile = body.tile(blockIdx.x);
   __syncthreads();
   typename Body::Sums sums;
@@ -41,7 +41,7 @@ void deconv_step_cuda(const DeconvStep& step, int device, void* stream) {
   constexpr int reserved = 1024;  // of each block, by the driver
   const int half = of_multiprocessor / 2 - reserved;
   // What is left beside the tile is for places and filters.
-  const int limit = (half < of_block ? half : of_block) - int(sizeof(gpu::StepTile<float>));
+  const int limit = (half < of_block ? half : of_block) - int(sizeof(gpu::StepTile));
   gpu::deconv_step(step, limit, [&](const auto& body) {
     using Body = std::decay_t<decltype(body)>;
     const int bytes = int(body.shared_bytes());

@@ -28,11 +28,9 @@ namespace gpu {
 
 // What a block works on; its threads all have the same. Rows, then columns. A patch's places and the outputs that they
 // reach are counted from its own first.
-template <class S>
 struct StepTile {
-  const S* signal;                   // the patch
-  const uint8_t *switches, *passes;  // the maps of its image
-  S* out;                            // its result
+  int64_t signal, switches, passes;  // where the patch and the maps of its image begin, in elements
+  int64_t out;                       // where its result does
   int32_t origin[2];                 // its first window, in the pooled map
   int32_t first[2];                  // its first place, in the map
   int32_t begin[2], end[2];          // its places inside the map
@@ -58,12 +56,38 @@ struct StepWalk {
   }
 };
 
+// Where the places under a tile lie in shared memory: a plane for each channel. With Vectors, a row holds its even vectors
+// of four and then the odd ones: neighbouring threads read every second vector, and so neighbours. And pairs of rows lie
+// so far apart that this goes on from one row of threads, of two rows of outputs each, to the next.
+template <bool Vectors>
+struct StepLayout {
+  static constexpr int word = 4;                   // values of a vector
+  int32_t height = 0, width = 0;                   // places
+  int32_t row = 0, pair = 0, odd = 0, plane = 0;  // from a row to the next, a pair of rows, the odd vectors, a channel
+
+  StepLayout() = default;
+  // Under tiles of `columns` threads a row.
+  StepLayout(int32_t height_, int32_t width_, int32_t columns) : height(height_), width(width_), row(width_) {
+    pair = 2 * row, plane = height * row;
+    if (!Vectors) return;
+    const int32_t vectors = 2 * columns + 1, skipped = ((columns - 2 * vectors) % 8 + 8) % 8;  // of a cycle's eight
+    row = vectors * word, pair = (2 * vectors + skipped) * word, odd = (columns + 1) * word;
+    plane = (height + 1) / 2 * pair;
+  }
+  ZF_HD int32_t row_at(int32_t i) const { return Vectors ? (i >> 1) * pair + (i & 1) * row : i * row; }
+  ZF_HD int32_t column_at(int32_t j) const {
+    static_assert(word == 4, "which is two bits of a column");
+    return Vectors ? (j >> 3) * word + (j >> 2 & 1) * odd + (j & 3) : j;
+  }
+};
+
 // The signal patches, unpooled and rectified.
 template <class S>
 class StepPatches {
  public:
   using T = typename Compute<S>::type;
-  static constexpr int V = 4;  // channels of an access, where these are next to each other in all operands
+  // Channels of an access, where these are next to each other in all operands.
+  static constexpr int V = sizeof(S) == 8 ? 2 : 4;
 
   // How places are filled: one by one; or in vectors, straight from the signal or in cells under 3x3/2 windows.
   enum class Way : int { any, straight, cells };
@@ -86,6 +110,8 @@ class StepPatches {
       windows_[axis] = op.switches.data ? int32_t(op.switches.size[axis + 2]) : map_[axis];
       places_[axis] = int32_t((op.signal.size[axis + 2] - 1) * op.pool.stride[axis] +
                               (op.pool.kernel[axis] - 1) * op.pool.dilation[axis] + 1);
+      value_step_[axis] = int32_t(op.signal.stride[axis + 2] * int64_t(sizeof(S)));
+      switch_step_[axis] = int32_t(op.switches.stride[axis + 2]);
     }
   }
 
@@ -97,13 +123,13 @@ class StepPatches {
   }
 
   // Patch b, whose windows begin at `origin` in the maps of image n.
-  ZF_HD void open(int64_t b, int64_t n, const int64_t* origin, StepTile<S>* tile) const {
+  ZF_HD void open(int64_t b, int64_t n, const int64_t* origin, StepTile* tile) const {
     const bool reads_maps = switches_.data || passes_.data;
     tile->empty = reads_maps && (n < 0 || n >= maps_);
     if (!reads_maps || tile->empty) n = 0;
-    tile->signal = signal_.at(b, 0, 0, 0);
-    tile->switches = switches_.at(n, 0, 0, 0);
-    tile->passes = passes_.at(n, 0, 0, 0);
+    tile->signal = b * signal_.n;
+    tile->switches = n * switches_.n;
+    tile->passes = n * passes_.n;
 #pragma unroll
     for (int axis = 0; axis < 2; ++axis) {
       const int64_t corner = origin ? origin[axis] : 0;
@@ -118,7 +144,7 @@ class StepPatches {
   }
 
   // What channel c has at place (y, x).
-  ZF_HD T value(const StepTile<S>& tile, int32_t c, int32_t y, int32_t x) const {
+  ZF_HD T value(const StepTile& tile, int32_t c, int32_t y, int32_t x) const {
     if (!in_map(tile, y, x)) return T(0);
     const int32_t map_y = tile.first[0] + y, map_x = tile.first[1] + x;
     Placed<T> placed;
@@ -144,71 +170,77 @@ class StepPatches {
     return passes_.data && !*passes(tile, c, y, x) ? T(0) : placed.value(floor_);
   }
 
-  // Calls put(channel - c, row, column, value) for every one of the `count` channels from c on, at each of height x width
-  // places from (y, x) on: the threads of a block together, each place and channel once.
-  template <class Put>
-  ZF_HD void fill(const StepTile<S>& tile, const StepWalk& walk, uint32_t thread, uint32_t threads, int32_t c,
-                  int32_t count, int32_t y, int32_t x, int32_t height, int32_t width, const Put& put) const {
+  // Puts the `count` channels from c on, at the places from (y, x) on, where `layout` has them in shared memory: the
+  // threads of a block together, each value once.
+  template <class L>
+  ZF_HD void fill(const StepTile& tile, const StepWalk& walk, uint32_t thread, uint32_t threads, int32_t c,
+                  int32_t count, int32_t y, int32_t x, const L& layout, T* shared) const {
 #pragma unroll 1
     for (uint32_t item = thread; item < walk.items; item += threads) {
-      int32_t channel, column, row;
-      walk.at(item, &channel, &column, &row);
+      int32_t channel, j, i;
+      walk.at(item, &channel, &j, &i);
       if (way != Way::any) channel *= V;
       if (channel >= count) continue;
+      T* const to = shared + channel * layout.plane;
       if (way == Way::any) {
-        put(channel, row, column, value(tile, c + channel, y + row, x + column));
+        to[layout.row_at(i) + layout.column_at(j)] = value(tile, c + channel, y + i, x + j);
       } else if (way == Way::straight) {
-        put_vector(channel, row, column, straight(tile, c + channel, y + row, x + column), put);
+        put(straight(tile, c + channel, y + i, x + j), layout.plane, to + layout.row_at(i) + layout.column_at(j));
       } else {
         // Cell i holds places 2i and 2i + 1. (>> rounds down, also what is negative.)
-        const int32_t cell_y = (y >> 1) + row, cell_x = (x >> 1) + column;
-        fill_cell(tile, c + channel, cell_y, cell_x, [&](int32_t place_y, int32_t place_x, const Vec<T, V>& v) {
-          const int32_t i = place_y - y, j = place_x - x;
-          if (i >= 0 && i < height && j >= 0 && j < width) put_vector(channel, i, j, v, put);
-        });
+        const int32_t cell_y = (y >> 1) + i, cell_x = (x >> 1) + j;
+        if (last_)
+          fill_cell<true>(tile, c + channel, cell_y, cell_x, y, x, layout, to);
+        else
+          fill_cell<false>(tile, c + channel, cell_y, cell_x, y, x, layout, to);
       }
     }
   }
 
  private:
+  static constexpr int64_t most_step = 0x7fffffff;
+
   static Way way_of(const DeconvStep& op) {
     if (!vectors_over_channels(op.signal, V, sizeof(S))) return Way::any;
     if (op.passes.data && !vectors_over_channels(op.passes, V, 1)) return Way::any;
     if (!op.switches.data) return Way::straight;
+    for (int axis : {2, 3})  // whose steps a cell takes in 32 bits
+      if (op.signal.stride[axis] > most_step / int64_t(sizeof(S)) || op.switches.stride[axis] > most_step)
+        return Way::any;
     const bool cells = vectors_over_channels(op.switches, V, 1) && FixedWindow<int32_t, 3, 2>::is(op.pool);
     return cells ? Way::cells : Way::any;
   }
 
-  ZF_HD bool in_map(const StepTile<S>& tile, int32_t y, int32_t x) const {
+  ZF_HD bool in_map(const StepTile& tile, int32_t y, int32_t x) const {
     return y >= tile.begin[0] && y < tile.end[0] && x >= tile.begin[1] && x < tile.end[1];
   }
   ZF_HD bool in_patch(int32_t oy, int32_t ox) const { return oy >= 0 && oy < size_[0] && ox >= 0 && ox < size_[1]; }
-  ZF_HD const S* signal(const StepTile<S>& tile, int64_t c, int64_t oy, int64_t ox) const {
-    return tile.signal + (c * signal_.c + oy * signal_.y + ox * signal_.x);
+  ZF_HD const S* signal(const StepTile& tile, int64_t c, int64_t oy, int64_t ox) const {
+    return signal_.data + (tile.signal + c * signal_.c + oy * signal_.y + ox * signal_.x);
   }
-  ZF_HD const uint8_t* switches(const StepTile<S>& tile, int64_t c, int64_t oy, int64_t ox) const {
-    return tile.switches +
-           (c * switches_.c + (oy + tile.origin[0]) * switches_.y + (ox + tile.origin[1]) * switches_.x);
+  ZF_HD const uint8_t* switches(const StepTile& tile, int64_t c, int64_t oy, int64_t ox) const {
+    return switches_.data + (tile.switches + c * switches_.c + (oy + tile.origin[0]) * switches_.y +
+                             (ox + tile.origin[1]) * switches_.x);
   }
-  ZF_HD const uint8_t* passes(const StepTile<S>& tile, int64_t c, int64_t y, int64_t x) const {
-    return tile.passes + (c * passes_.c + (y + tile.first[0]) * passes_.y + (x + tile.first[1]) * passes_.x);
+  ZF_HD const uint8_t* passes(const StepTile& tile, int64_t c, int64_t y, int64_t x) const {
+    return passes_.data +
+           (tile.passes + c * passes_.c + (y + tile.first[0]) * passes_.y + (x + tile.first[1]) * passes_.x);
   }
 
-  template <class Put>
-  static ZF_HD void put_vector(int32_t channel, int32_t row, int32_t column, const Vec<T, V>& v, const Put& put) {
+  static ZF_HD void put(const Vec<T, V>& v, int32_t plane, T* to) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) put(channel + i, row, column, v.lane[i]);
+    for (int i = 0; i < V; ++i) to[i * plane] = v.lane[i];
   }
 
   // Drops from a place in the map what does not pass there.
-  ZF_HD void pass(const StepTile<S>& tile, int32_t c, int32_t y, int32_t x, Vec<T, V>* v) const {
+  ZF_HD void pass(const StepTile& tile, int32_t c, int32_t y, int32_t x, Vec<T, V>* v) const {
     if (!passes_.data) return;
     const Vec<uint8_t, V> open = Packed<V>::load(passes(tile, c, y, x), int64_t(1));
 #pragma unroll
     for (int i = 0; i < V; ++i) v->lane[i] = open.lane[i] ? v->lane[i] : T(0);
   }
 
-  ZF_HD Vec<T, V> straight(const StepTile<S>& tile, int32_t c, int32_t y, int32_t x) const {
+  ZF_HD Vec<T, V> straight(const StepTile& tile, int32_t c, int32_t y, int32_t x) const {
     Vec<T, V> result{};
     if (!in_map(tile, y, x)) return result;
     const Vec<S, V> v = Packed<V>::load(signal(tile, c, y, x), int64_t(1));
@@ -221,52 +253,93 @@ class StepPatches {
     return result;
   }
 
-  template <class PutPlace>
-  ZF_HD void fill_cell(const StepTile<S>& tile, int32_t c, int32_t cell_y, int32_t cell_x, const PutPlace& put) const {
+  // The 2x2 places of a cell, from the up to four windows over them. A window that brings nothing names nothing; its
+  // neighbour is read in its stead, so that all loads are under way together.
+  template <bool Last, class L>
+  ZF_HD void fill_cell(const StepTile& tile, int32_t c, int32_t cell_y, int32_t cell_x, int32_t y, int32_t x,
+                       const L& layout, T* to) const {
     using Windows = Cell<3, 2, 0>;
+    constexpr int N = Windows::windows;
     constexpr uint8_t no_tap = 255;
-    Vec<S, V> values[Windows::windows][Windows::windows];
-    Vec<uint8_t, V> named[Windows::windows][Windows::windows];
+    const int32_t cell[2] = {cell_y, cell_x};
+    int32_t value_at[2][N], switch_at[2][N];  // in the patch and in the map
+    bool ours[2][N], known[2][N];
 #pragma unroll
-    for (int j = 0; j < Windows::windows; ++j)
+    for (int axis = 0; axis < 2; ++axis)
 #pragma unroll
-      for (int i = 0; i < Windows::windows; ++i) {
-        const int32_t oy = cell_y + Windows::first + j, ox = cell_x + Windows::first + i;
-        const int32_t map_oy = oy + tile.origin[0], map_ox = ox + tile.origin[1];
-        const bool known = map_oy >= 0 && map_oy < windows_[0] && map_ox >= 0 && map_ox < windows_[1];
-        const bool ours = known && in_patch(oy, ox);
-        values[j][i] = {};
-#pragma unroll
-        for (int lane = 0; lane < V; ++lane) named[j][i].lane[lane] = no_tap;
-        if (ours) values[j][i] = Packed<V>::load(signal(tile, c, oy, ox), int64_t(1));
-        // With `last`, a window beside the patch may be the last that names a place.
-        if (ours || (known && last_)) named[j][i] = Packed<V>::load(switches(tile, c, oy, ox), int64_t(1));
+      for (int i = 0; i < N; ++i) {
+        const int32_t o = cell[axis] + Windows::first + i, map_o = o + tile.origin[axis];
+        value_at[axis][i] = clamp(o, size_[axis] - 1), switch_at[axis][i] = clamp(map_o, windows_[axis] - 1);
+        known[axis][i] = switch_at[axis][i] == map_o, ours[axis][i] = known[axis][i] && value_at[axis][i] == o;
       }
+    const S* const values_of = signal_.data + (tile.signal + c);
+    const uint8_t* const switches_of = switches_.data + (tile.switches + c);
+    Vec<S, V> values[N][N];
+    Vec<uint8_t, V> named[N][N];
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        values[j][i] = Packed<V>::load(stepped(values_of, value_at[0][j], value_at[1][i], value_step_), int64_t(1));
+        named[j][i] = Packed<V>::load(stepped(switches_of, switch_at[0][j], switch_at[1][i], switch_step_), int64_t(1));
+      }
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const bool mine = ours[0][j] && ours[1][i];
+        // With `last`, a window beside the patch may be the last that names a place, and brings it zero.
+        const bool asked = Last ? known[0][j] && known[1][i] : mine;
+#pragma unroll
+        for (int lane = 0; lane < V; ++lane) {
+          if (Last) values[j][i].lane[lane] = mine ? values[j][i].lane[lane] : S{};
+          named[j][i].lane[lane] = asked ? named[j][i].lane[lane] : no_tap;
+        }
+      }
+    int32_t row_at[2], column_at[2];
+    bool row_inside[2], column_inside[2], row_put[2], column_put[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t place_y = 2 * cell_y + i, place_x = 2 * cell_x + i;
+      row_inside[i] = place_y >= tile.begin[0] && place_y < tile.end[0];
+      column_inside[i] = place_x >= tile.begin[1] && place_x < tile.end[1];
+      row_put[i] = place_y >= y && place_y < y + layout.height;
+      column_put[i] = place_x >= x && place_x < x + layout.width;
+      row_at[i] = layout.row_at(place_y - y), column_at[i] = layout.column_at(place_x - x);
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row)
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int32_t y = 2 * cell_y + row, x = 2 * cell_x + column;
-        Vec<T, V> place{};
-        if (in_map(tile, y, x)) {
+        const bool inside = row_inside[row] && column_inside[column];
+        Vec<T, V> place;
 #pragma unroll
-          for (int lane = 0; lane < V; ++lane) {
-            Placed<T> placed;
+        for (int lane = 0; lane < V; ++lane) {
+          T sum = 0;
+          bool first = true;
 #pragma unroll
-            for (int j = 0; j < Windows::windows; ++j)
+          for (int j = 0; j < N; ++j)
 #pragma unroll
-              for (int i = 0; i < Windows::windows; ++i)
-                if (Windows::has_tap(j, row) && Windows::has_tap(i, column)) {
-                  const int tap = Windows::tap(j, row) * 3 + Windows::tap(i, column);
-                  placed.add(named[j][i].lane[lane] == tap, widen(values[j][i].lane[lane]), last_);
-                }
-            place.lane[lane] = placed.value(floor_);
-          }
-          pass(tile, c, y, x, &place);
+            for (int i = 0; i < N; ++i)
+              if (Windows::has_tap(j, row) && Windows::has_tap(i, column)) {
+                const int tap = Windows::tap(j, row) * 3 + Windows::tap(i, column);
+                const T v = widen(values[j][i].lane[lane]);
+                sum = named[j][i].lane[lane] == tap ? (first || Last ? v : sum + v) : sum;
+                first = false;
+              }
+          place.lane[lane] = !inside || sum < floor_ ? T(0) : sum;
         }
-        put(y, x, place);
+        if (inside) pass(tile, c, 2 * cell_y + row, 2 * cell_x + column, &place);
+        if (row_put[row] && column_put[column]) put(place, layout.plane, to + row_at[row] + column_at[column]);
       }
   }
+  // `i` rows and `j` columns further, with steps in bytes: an instruction each.
+  template <class E>
+  static ZF_HD const E* stepped(const E* p, int32_t i, int32_t j, const int32_t (&step)[2]) {
+    const char* const row = reinterpret_cast<const char*>(p) + int64_t(i) * step[0];
+    return reinterpret_cast<const E*>(row + int64_t(j) * step[1]);
+  }
+  static ZF_HD int32_t clamp(int32_t o, int32_t most) { return o < 0 ? 0 : o > most ? most : o; }
 
   Strided<const S, int64_t> signal_;
   Strided<const uint8_t, int64_t> switches_, passes_;
@@ -275,6 +348,7 @@ class StepPatches {
   bool last_;
   int64_t maps_;
   int32_t size_[2], map_[2], windows_[2], places_[2];
+  int32_t value_step_[2], switch_step_[2];  // of rows and columns, in bytes, for cells
 };
 
 // The taps of a convolution by which the outputs of one class are reached, along one axis:
@@ -346,12 +420,12 @@ struct FixedConv {
 };
 
 // How a launch cuts its results into tiles, and what a block holds in shared memory.
+template <class L>
 struct StepPlan {
+  L layout;                  // of the places under a tile
   int32_t lanes[2];          // threads of a class, rows and columns of them
   uint32_t slots;            // threads that a class has room for, lanes[0] * lanes[1] of them in use
   uint32_t classes;          // of a block
-  int32_t area[2];           // places under a tile
-  int32_t row, pair, plane;  // words from a row of places to the next, from a pair of rows, from a channel
   int32_t filter;            // words of a channel's filters
   int32_t chunk;             // channels at once
   int64_t tiles[2], groups;  // of a patch; and groups of classes
@@ -363,7 +437,6 @@ template <class S, int C, class G>
 class DeconvTile {
  public:
   using T = typename Compute<S>::type;
-  using Tile = StepTile<S>;
   static constexpr int32_t Q = G::rows, P = G::words * 4 / int32_t(sizeof(T));  // rows and columns of outputs of a thread
 
   struct Sums {
@@ -383,7 +456,7 @@ class DeconvTile {
         out_channels_(int32_t(op.out.c())),
         whole_(op.whole),
         plan_(best_plan(op, shared_limit)),
-        walk_(patches_.walk(plan_.chunk, plan_.area[1], plan_.area[0])) {
+        walk_(patches_.walk(plan_.chunk, plan_.layout.width, plan_.layout.height)) {
     for (int axis = 0; axis < 2; ++axis) {
       size_[axis] = int32_t(op.out.size[axis + 2]);
       below_[axis] = int32_t(op.below[axis]);
@@ -414,13 +487,13 @@ class DeconvTile {
   int64_t blocks() const { return blocks_; }
   uint32_t threads() const { return plan_.slots * plan_.classes; }
   int64_t shared_bytes() const {
-    return G::in_shared ? int64_t(plan_.chunk) * (plan_.plane + plan_.filter) * int64_t(sizeof(T)) : 0;
+    return G::in_shared ? int64_t(plan_.chunk) * (plan_.layout.plane + plan_.filter) * int64_t(sizeof(T)) : 0;
   }
   // The channels of a turn of fill and add; the first of the next turn is that many further.
   ZF_HD int32_t chunk() const { return plan_.chunk; }
   ZF_HD int32_t channels() const { return channels_; }
 
-  ZF_HD StepTile<S> tile(uint32_t block) const {
+  ZF_HD StepTile tile(uint32_t block) const {
     uint32_t at[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -429,9 +502,9 @@ class DeconvTile {
       block = rest;
     }
     const int64_t b = block;
-    StepTile<S> tile;
+    StepTile tile;
     patches_.open(b, image_ ? image_[b] : b, origin_ ? origin_ + 2 * b : nullptr, &tile);
-    tile.out = out_.at(b, 0, 0, 0);
+    tile.out = b * out_.n;
     tile.first_class = at[0] * plan_.classes;
 #pragma unroll
     for (int axis = 0; axis < 2; ++axis) {
@@ -460,10 +533,10 @@ class DeconvTile {
   }
 
   // Places and filters of the channels from c on, into shared memory.
-  ZF_HD void fill(const StepTile<S>& tile, uint32_t thread, int32_t c, T* shared) const {
+  ZF_HD void fill(const StepTile& tile, uint32_t thread, int32_t c, T* shared) const {
     if constexpr (G::in_shared) {
       const int32_t count = count_from(c);
-      T* const filters = shared + plan_.chunk * plan_.plane;
+      T* const filters = shared + plan_.chunk * plan_.layout.plane;
       const int32_t weights = conv_.kernel(0) * conv_.kernel(1) * C;
 #pragma unroll 1
       for (uint32_t i = thread; i < uint32_t(count * weights); i += threads_per_launch()) {
@@ -475,14 +548,12 @@ class DeconvTile {
         filters[weight_at(int32_t(row), int32_t(by_columns_.remainder(tap, row))) + channel] = w;
       }
       patches_.fill(tile, walk_, thread, threads_per_launch(), c, count, tile.q[0] - reach_[0], tile.q[1] - reach_[1],
-                    plan_.area[0], plan_.area[1], [&](int32_t channel, int32_t row, int32_t column, T v) {
-                      shared[channel * plan_.plane + place_at(row, column)] = v;
-                    });
+                    plan_.layout, shared);
     }
   }
 
   // Adds what the channels from c on bring to the thread's outputs.
-  ZF_HD void add(const StepTile<S>& tile, uint32_t thread, int32_t c, const T* shared, Sums* sums) const {
+  ZF_HD void add(const StepTile& tile, uint32_t thread, int32_t c, const T* shared, Sums* sums) const {
     const Lane lane = lane_of(tile, thread);
     if (!lane.busy) return;
     const int32_t count = count_from(c);
@@ -502,7 +573,7 @@ class DeconvTile {
     add_carefully(tile, lane, c, count, shared, sums);
   }
 
-  ZF_HD void write(const StepTile<S>& tile, uint32_t thread, const Sums& sums) const {
+  ZF_HD void write(const StepTile& tile, uint32_t thread, const Sums& sums) const {
     const Lane lane = lane_of(tile, thread);
     if (!lane.busy) return;
 #pragma unroll
@@ -515,7 +586,7 @@ class DeconvTile {
         const int32_t x = (tile.q[1] + column_of(lane, b)) * conv_.stride(1) + lane.r[1], j = x - tile.shift[1];
         if (j < 0 || j >= size_[1]) continue;
         const bool inside = row_inside && x >= tile.out_begin[1] && x < tile.out_end[1];
-        S* const to = tile.out + (i * out_.y + j * out_.x);
+        S* const to = out_.data + (tile.out + i * out_.y + j * out_.x);
 #pragma unroll
         for (int k = 0; k < C; ++k)
           if (k < out_channels_) to[k * out_.c] = narrow<S>(inside ? sums.of[a][b][k] : T(0));
@@ -524,7 +595,9 @@ class DeconvTile {
   }
 
  private:
-  static constexpr int word = 4;  // of T: a vector of shared memory
+  using Layout = StepLayout<G::known>;
+  using Plan = StepPlan<Layout>;
+  static constexpr int word = Layout::word;
 
   struct Lane {
     int32_t y, x;  // among the threads of its class
@@ -534,7 +607,7 @@ class DeconvTile {
 
   // The classes follow each other so that a multiprocessor's four parts, which warps take in turn, share them evenly:
   // with two warps a class of 7x7/2, parts get 16 + 9 and 12 + 12 taps.
-  ZF_HD Lane lane_of(const StepTile<S>& tile, uint32_t thread) const {
+  ZF_HD Lane lane_of(const StepTile& tile, uint32_t thread) const {
     const uint32_t slot = by_slots_.quotient(thread), rest = by_slots_.remainder(thread, slot);
     const uint32_t known = G::known ? slot ^ (slot >> 1) : tile.first_class + slot;
     Lane lane;
@@ -552,17 +625,6 @@ class DeconvTile {
   ZF_HD int32_t column_of(const Lane& lane, int b) const {
     return G::known ? lane.x * P + b : lane.x + b * plan_.lanes[1];
   }
-
-  // Where a place lies in a channel's plane. For a known geometry a row holds its even vectors and then the odd ones:
-  // neighbouring threads, which read every second vector, so read neighbours. And the pairs of rows lie so far apart
-  // that this goes on from one row of threads to the next.
-  ZF_HD int32_t place_at(int32_t row, int32_t column) const {
-    if constexpr (!G::known) return row * plan_.row + column;
-    const int32_t vector = column / word;
-    return (row >> 1) * plan_.pair + (row & 1) * plan_.row + (vector & 1) * odd_vectors() + (vector >> 1) * word +
-           column % word;
-  }
-  ZF_HD int32_t odd_vectors() const { return (plan_.lanes[1] + 1) * word; }
 
   // Where the weights of a tap begin, for `row` counted over all channels of a chunk. For a known geometry the taps of a
   // class follow each other, each row of them in whole vectors.
@@ -601,19 +663,19 @@ class DeconvTile {
     constexpr int32_t Ty = (G::k - Ry + G::s - 1) / G::s, Tx = (G::k - Rx + G::s - 1) / G::s;
     constexpr int32_t R = G::most_taps - 1;
     static_assert(R + P <= P + word, "the places under a row of outputs lie in three vectors");
-    const T* filters = shared + plan_.chunk * plan_.plane + Rx * row_weights;
-    const T* places = shared + lane.y * plan_.pair + lane.x * word;
+    const T* filters = shared + plan_.chunk * plan_.layout.plane + Rx * row_weights;
+    const T* places = shared + lane.y * plan_.layout.pair + lane.x * word;
 #pragma unroll 1
     for (int32_t c = 0; c < count; ++c) {
       T weights[Q][row_weights];  // of this row of places, and of the one before, for the outputs one row down
 #pragma unroll
       for (int t = 0; t < Q + Ty - 1; ++t) {
         const int row = t + R - (Ty - 1);
-        const T* const from = places + (row >> 1) * plan_.pair + (row & 1) * plan_.row;
+        const T* const from = places + (row >> 1) * plan_.layout.pair + (row & 1) * plan_.layout.row;
         T u[P + word];
         T even[word], odd[word], next[word];
         load_words(from, even);
-        load_words(from + odd_vectors(), odd);
+        load_words(from + plan_.layout.odd, odd);
         load_words(from + word, next);
 #pragma unroll
         for (int i = 0; i < word; ++i) u[i] = even[i], u[word + i] = odd[i], u[2 * word + i] = next[i];
@@ -632,12 +694,12 @@ class DeconvTile {
               for (int k = 0; k < C; ++k) sums->of[a][b][k] += u[b + R - i] * weights[a][i * C + k];
         }
       }
-      places += plan_.plane, filters += plan_.filter;
+      places += plan_.layout.plane, filters += plan_.filter;
     }
   }
 
   // Any geometry, and filters that are not finite: what is exactly zero is not multiplied.
-  ZF_HD void add_carefully(const StepTile<S>& tile, const Lane& lane, int32_t first, int32_t count, const T* shared,
+  ZF_HD void add_carefully(const StepTile& tile, const Lane& lane, int32_t first, int32_t count, const T* shared,
                            Sums* sums) const {
 #pragma unroll 1
     for (int32_t c = 0; c < count; ++c) {
@@ -665,14 +727,17 @@ class DeconvTile {
 
   ZF_HD T weight(const T* shared, int32_t first, int32_t c, int32_t tap_row, int32_t tap_column, int k) const {
     const int32_t row = c * conv_.kernel(0) + tap_row;
-    if constexpr (G::in_shared) return shared[plan_.chunk * plan_.plane + weight_at(row, tap_column) + k];
+    if constexpr (G::in_shared) return shared[plan_.chunk * plan_.layout.plane + weight_at(row, tap_column) + k];
     if (k >= out_channels_) return T(0);
     const int64_t tap = (int64_t(first) * conv_.kernel(0) + row) * conv_.kernel(1) + tap_column;
     return filters_[tap * out_channels_ + k];
   }
   // The place (y, x), counted from the tile's first outputs.
-  ZF_HD T place(const StepTile<S>& tile, const T* shared, int32_t first, int32_t c, int32_t y, int32_t x) const {
-    if constexpr (G::in_shared) return shared[c * plan_.plane + place_at(y + reach_[0], x + reach_[1])];
+  ZF_HD T place(const StepTile& tile, const T* shared, int32_t first, int32_t c, int32_t y, int32_t x) const {
+    if constexpr (G::in_shared) {
+      const Layout& layout = plan_.layout;
+      return shared[c * layout.plane + layout.row_at(y + reach_[0]) + layout.column_at(x + reach_[1])];
+    }
     return patches_.value(tile, first + c, tile.q[0] + y, tile.q[1] + x);
   }
 
@@ -684,38 +749,30 @@ class DeconvTile {
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   // A tile of `rows` x `columns` threads a class.
-  StepPlan plan_of(const DeconvStep& op, int64_t slots, int64_t rows, int64_t columns, int64_t shared_limit) const {
+  Plan plan_of(const DeconvStep& op, int64_t slots, int64_t rows, int64_t columns, int64_t shared_limit) const {
     const int64_t all_classes = op.conv.stride[0] * op.conv.stride[1];
-    StepPlan plan{};
+    Plan plan{};
     plan.lanes[0] = int32_t(rows), plan.lanes[1] = int32_t(columns);
     plan.slots = uint32_t(slots);
     plan.classes = uint32_t(all_classes < threads_per_block / slots ? all_classes : threads_per_block / slots);
     plan.groups = ceil_div(all_classes, plan.classes);
     plan.cost = std::numeric_limits<double>::infinity();
-    int64_t area[2], outputs[2] = {rows * Q, columns * P};
+    const int64_t outputs[2] = {rows * Q, columns * P};
+    int64_t area[2], filter = op.conv.taps() * C, chunk = op.signal.c();
     for (int axis = 0; axis < 2; ++axis) {
       area[axis] = outputs[axis] + reach(op.conv, axis);
       plan.tiles[axis] = ceil_div(quotients(op, axis), outputs[axis]);
     }
-    int64_t row = area[1], pair = 2 * row, plane = area[0] * row, filter = op.conv.taps() * C;
-    if (G::known) {
-      // Pairs of rows are `columns` vectors apart modulo the eight that a cycle delivers.
-      const int64_t vectors = 2 * columns + 1, two = 2 * vectors;
-      row = vectors * word;
-      pair = (two + ((columns - two) % 8 + 8) % 8) * word;
-      plane = ceil_div(area[0], 2) * pair;
-      filter = op.conv.kernel[0] * op.conv.stride[1] * row_weights;
-    }
-    int64_t chunk = op.signal.c();
+    if (G::known) filter = op.conv.kernel[0] * op.conv.stride[1] * row_weights;
     if (G::in_shared) {
       constexpr int64_t lanes = StepPatches<S>::V, most = 32;
-      if (area[0] > shared_limit || area[1] > shared_limit || filter > shared_limit) return plan;
-      const int64_t room = shared_limit / int64_t(sizeof(T)) / (plane + filter);
+      if (area[0] > shared_limit || area[1] > shared_limit / area[0] || filter > shared_limit) return plan;
+      plan.layout = Layout(int32_t(area[0]), int32_t(area[1]), int32_t(columns));
+      plan.filter = int32_t(filter);
+      const int64_t room = shared_limit / int64_t(sizeof(T)) / (plan.layout.plane + filter);
       const int64_t wanted = ceil_div(op.signal.c() < most ? op.signal.c() : most, lanes) * lanes;
       chunk = room < wanted ? room / lanes * lanes : wanted;
       if (chunk == 0) return plan;
-      plan.area[0] = int32_t(area[0]), plan.area[1] = int32_t(area[1]);
-      plan.row = int32_t(row), plan.pair = int32_t(pair), plan.plane = int32_t(plane), plan.filter = int32_t(filter);
     }
     plan.chunk = int32_t(chunk);
     // A place costs about as many instructions to fill as 40 multiply-adds.
@@ -733,17 +790,17 @@ class DeconvTile {
   }
 
   // The tiling that costs least, idle threads and places shared between tiles included.
-  StepPlan best_plan(const DeconvStep& op, int64_t shared_limit) const {
+  Plan best_plan(const DeconvStep& op, int64_t shared_limit) const {
     const int64_t all_classes = op.conv.stride[0] * op.conv.stride[1];
     const int64_t classes = all_classes < threads_per_block ? all_classes : threads_per_block;
-    StepPlan best{};
+    Plan best{};
     best.cost = std::numeric_limits<double>::infinity();
-    best.chunk = 1, best.area[0] = best.area[1] = 1;
+    best.chunk = best.layout.height = best.layout.width = 1;
     const int64_t most = threads_per_block / classes, needed[2] = {ceil_div(quotients(op, 0), Q), ceil_div(quotients(op, 1), P)};
     for (int64_t slots = most;; slots /= 2) {
       for (int64_t columns = 1; columns <= slots && columns <= needed[1]; ++columns) {
         const int64_t rows = slots / columns < needed[0] ? slots / columns : needed[0];
-        const StepPlan plan = plan_of(op, slots, rows, columns, shared_limit);
+        const Plan plan = plan_of(op, slots, rows, columns, shared_limit);
         if (plan.cost < best.cost) best = plan;
       }
       // Known classes keep to whole warps, in which all threads take the same taps.
@@ -759,7 +816,7 @@ class DeconvTile {
   const uint8_t* not_finite_;
   int32_t channels_, out_channels_;
   bool whole_;
-  StepPlan plan_;
+  Plan plan_;
   StepWalk walk_;
   int32_t size_[2], below_[2], padding_[2], reach_[2];
   Divisor by_stride_[2], by_tiles_[3], by_slots_, by_lanes_, by_columns_;
