@@ -47,7 +47,9 @@ struct StepWalk {
   uint32_t items;
 
   StepWalk(int64_t channels_, int64_t columns_, int64_t rows)
-      : channels(uint32_t(channels_)), columns(uint32_t(columns_)), items(uint32_t(channels_ * columns_ * rows)) {}
+      : channels(uint32_t(channels_ > 0 ? channels_ : 1)),
+        columns(uint32_t(columns_ > 0 ? columns_ : 1)),
+        items(uint32_t(channels_ * columns_ * rows)) {}
   ZF_HD void at(uint32_t item, int32_t* channel, int32_t* column, int32_t* row) const {
     const uint32_t place = channels.quotient(item), line = columns.quotient(place);
     *channel = int32_t(channels.remainder(item, place));
@@ -769,10 +771,12 @@ class DeconvTile {
       if (area[0] > shared_limit || area[1] > shared_limit / area[0] || filter > shared_limit) return plan;
       plan.layout = Layout(int32_t(area[0]), int32_t(area[1]), int32_t(columns));
       plan.filter = int32_t(filter);
-      const int64_t room = shared_limit / int64_t(sizeof(T)) / (plan.layout.plane + filter);
+      const int64_t channel_bytes = (plan.layout.plane + filter) * int64_t(sizeof(T));
+      if (lanes * channel_bytes > shared_limit) return plan;
+      // As much of a multiprocessor's memory as of its threads.
+      const int64_t room = shared_limit * (plan.slots * plan.classes) / threads_per_block / channel_bytes;
       const int64_t wanted = ceil_div(op.signal.c() < most ? op.signal.c() : most, lanes) * lanes;
-      chunk = room < wanted ? room / lanes * lanes : wanted;
-      if (chunk == 0) return plan;
+      chunk = room < lanes ? lanes : room < wanted ? room / lanes * lanes : wanted;
     }
     plan.chunk = int32_t(chunk);
     // A place costs about as many instructions to fill as 40 multiply-adds.
@@ -795,7 +799,6 @@ class DeconvTile {
     const int64_t classes = all_classes < threads_per_block ? all_classes : threads_per_block;
     Plan best{};
     best.cost = std::numeric_limits<double>::infinity();
-    best.chunk = best.layout.height = best.layout.width = 1;
     const int64_t most = threads_per_block / classes, needed[2] = {ceil_div(quotients(op, 0), Q), ceil_div(quotients(op, 1), P)};
     for (int64_t slots = most;; slots /= 2) {
       for (int64_t columns = 1; columns <= slots && columns <= needed[1]; ++columns) {
@@ -803,8 +806,9 @@ class DeconvTile {
         const Plan plan = plan_of(op, slots, rows, columns, shared_limit);
         if (plan.cost < best.cost) best = plan;
       }
-      // Known classes keep to whole warps, in which all threads take the same taps.
-      if (slots / 2 < (G::known ? 32 : 1)) return best;
+      // Smaller blocks would leave a multiprocessor's threads idle. And known classes keep to whole warps, in which all
+      // threads take the same taps.
+      if (slots * classes < threads_per_block || slots < (G::known ? 64 : 2)) return best;
     }
   }
 

@@ -55,7 +55,7 @@ class CReport(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase", "way", "in_shared",
-                "shared_bytes", "chunk",
+                "shared_bytes", "threads",
             )
         ),
         ("error", ctypes.c_char * 256),
@@ -76,7 +76,7 @@ class Report:
     way: int
     in_shared: int
     shared_bytes: int
-    chunk: int
+    threads: int
 
 
 def compiler() -> str | None:

@@ -26,7 +26,7 @@ struct Report {
   int64_t way;           // how deconv_step fills its places
   int64_t in_shared;     // whether it does
   int64_t shared_bytes;
-  int64_t chunk;
+  int64_t threads;
   char error[256];
 };
 
@@ -83,7 +83,7 @@ auto step_launcher(bool backwards, Report* report) {
     report->in_shared = Body::in_shared;
     report->way = int64_t(body.way());
     report->shared_bytes = body.shared_bytes();
-    report->chunk = body.chunk();
+    report->threads = body.threads();
     const uint32_t threads = body.threads();
     const auto each = [&](const auto& f) {
       for (uint32_t j = 0; j < threads; ++j) f(backwards ? threads - 1 - j : j);
