@@ -93,7 +93,7 @@ auto step_launcher(bool backwards, Report* report) {
     std::vector<Vector> memory(size_t(body.shared_bytes()) / sizeof(Vector));
     std::vector<typename Body::Sums> sums(threads);
     for (int64_t i = 0; i < body.blocks(); ++i) {
-      std::memset(static_cast<void*>(memory.data()), 0xff, memory.size() * sizeof(Vector));
+      if (!memory.empty()) std::memset(static_cast<void*>(memory.data()), 0xff, memory.size() * sizeof(Vector));
       T* const shared = reinterpret_cast<T*>(memory.data());
       const auto tile = body.tile(uint32_t(backwards ? body.blocks() - 1 - i : i));
       each([&](uint32_t j) { Body::clear(&sums[j]); });

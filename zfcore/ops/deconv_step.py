@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _filters
 from zfcore.ops._library import choosing, native
 from zfcore.reference._geometry import accumulator
@@ -15,7 +15,7 @@ MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def _check(signal, weight, step, image, origin, switches, passes, scale):
+def _check(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     b, k = signal.shape[:2]
     if tuple(image.shape) != (b,) or tuple(origin.shape) != (b, 2):
         raise ShapeError(
@@ -29,7 +29,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
     if (switches is None) != (step.pool is None):
         raise ShapeError("switches and step.pool: expected both or neither")
-    low, high = (int(end) for end in torch.aminmax(image)) if b else (0, -1)
+    # On a GPU the images would have to be waited for; the kernels there look themselves.
+    low, high = (int(end) for end in torch.aminmax(image)) if b and image.device.type != "cuda" else (0, -1)
     for name, maps, dtype in (("switches", switches, torch.uint8), ("passes", passes, torch.bool)):
         if maps is None:
             continue
@@ -41,6 +42,13 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise ShapeError(f"passes of shape {tuple(passes.shape)}: expected maps of {tuple(step.map)}")
     if scale is not None and tuple(scale.shape) != (k,):
         raise ShapeError(f"scale of shape {tuple(scale.shape)}: expected [{k}]")
+    corner = None if frame is None else frame[0]
+    tensors = dict(
+        weight=weight, image=image, origin=origin, switches=switches, passes=passes, scale=scale, frame=corner, out=out
+    )
+    for name, x in tensors.items():
+        if x is not None and x.device != signal.device:
+            raise DeviceError(f"{name} on {x.device}: expected {signal.device}, where the signal is")
 
 
 def _shape(signal, weight, step, frame):
@@ -158,10 +166,11 @@ def deconv_step(
         signal: [B, K, h, w] float; a patch of a pool's map with step.pool, else of the convolution's output.
         weight: [K, C / groups, kh, kw], the signal's dtype. Its packing for the CPU is kept while it lives.
         step: the geometry and the rules, see ``StepParams``.
-        image: [B] int64, which of the switches' and passes' maps each patch is of.
+        image: [B] int64, which of the switches' and passes' maps each patch is of. On a GPU, which nobody waits for,
+            one that they do not hold makes its result zero.
         origin: [B, 2] int64, where each patch begins in its map; may reach past the edges.
         switches: [N, K, Hp, Wp] uint8, as ``max_pool2d_with_switches`` made them of maps of step.map: they are
-            not checked again.
+            not checked again; on a GPU, one that names no place of the map brings nothing.
         passes: [N, K, *step.map] bool, where the rectifier's input lets a signal pass; None for everywhere.
         scale: [K], multiplies the filters; None for one.
         frame: with step.whole, where the result begins in the map below, [B, 2] int64, and its size: a window
@@ -173,11 +182,11 @@ def deconv_step(
         batch or on the number of threads.
 
     Raises:
-        ShapeError, DtypeError: the arguments do not belong together.
+        ShapeError, DtypeError, DeviceError: the arguments do not belong together.
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
-    _check(signal, weight, step, image, origin, switches, passes, scale)
+    _check(signal, weight, step, image, origin, switches, passes, scale, frame, out)
     if frame is not None and (not step.whole or frame[0].shape != origin.shape or frame[0].dtype != torch.int64):
         raise ShapeError(f"frame at {frame[0].dtype} {tuple(frame[0].shape)}: expected int64 [B, 2], with step.whole")
     shape = _shape(signal, weight, step, frame)
