@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.bool: 4}
 GUARD = 64  # elements of pattern on each side of an output
 PATTERN = 0xFF  # NaN in every float type, and a byte that is no switch
 
@@ -174,20 +174,26 @@ class Driver:
         return self._call(self.library.paste_boxes, *views, *indices, int(backwards))
 
     def deconv_step(self, signal, packed, step, image, origin, switches, passes, frame, out, limit, backwards=False):
-        """packed: the filters and their flag, as zfcore.ops.deconv_step.packed_for_cuda makes them."""
+        """passes: uint8 or bool. packed: the filters and their flag, as zfcore.ops.deconv_step.packed_for_cuda makes them."""
         filters, not_finite = packed
-        k, kh, kw, channels = filters.shape
-        pair, nothing = ctypes.c_int64 * 2, View()
-        nothing.size[:] = nothing.stride[:] = (0,) * 4
-        address = [None if t is None else t.data_ptr() for t in (image, origin, frame)]
-        weight = View(None, CODES[signal.dtype], (k, channels, kh, kw), (0,) * 4)
+        views = [None if t is None else view(t) for t in (signal, switches, passes)]
+        addresses = [None if t is None else t.data_ptr() for t in (image, origin, frame)]
+        pool = step.pool or ((1, 1), (1, 1), (0, 0), (1, 1))
+        rules = step.rectify, step.overlap == "last", step.whole
+        return self.step_views(
+            *views, filters.data_ptr(), not_finite.data_ptr(), view(out), *addresses, step.map, step.below, pool,
+            step.conv, *rules, groups=step.groups, limit=limit, backwards=backwards,
+        )  # fmt: skip
+
+    def step_views(
+        self, signal, switches, passes, filters, not_finite, out, image, origin, frame, size, below, pool, conv,
+        rectify, last, whole, groups, limit, backwards=False,
+    ):  # fmt: skip
+        """As the binding takes its arguments. switches, passes: None where there are none."""
+        nothing, pair = View(), ctypes.c_int64 * 2
         op = DeconvStep(
-            view(signal),
-            nothing if switches is None else view(switches),
-            nothing if passes is None else view(passes.view(torch.uint8)),
-            weight, filters.data_ptr(), not_finite.data_ptr(), view(out), *address, pair(*step.map), pair(*step.below),
-            window(step.pool or ((1, 1), (1, 1), (0, 0), (1, 1))), window(step.conv), step.groups, step.rectify,
-            step.overlap == "last", step.whole,
+            signal, switches or nothing, passes or nothing, nothing, filters, not_finite, out, image, origin, frame,
+            pair(*size), pair(*below), window(pool), window(conv), groups, rectify, last, whole,
         )  # fmt: skip
         return self._call(self.library.deconv_step, ctypes.byref(op), ctypes.c_int64(limit), int(backwards))
 

@@ -19,6 +19,7 @@ import pytest
 import samples
 import torch
 from driver import Output
+from zfcore.ops import deconv_step
 from zfcore.ops.deconv_step import packed_for_cuda
 from zfcore.reference._params import Places, StepParams
 from zfcore.reference.deconv_step import cut
@@ -655,6 +656,42 @@ def test_deconv_step_past_32_bit_offsets(driver, huge, rows):
     arguments = (step.image, step.origin, switches, None, None, out, LIMITS[1])
     driver.deconv_step(signal, packed_for_cuda(step.weight, None), step.step, *arguments)
     cases.assert_close(out.clone(), expected, step)
+
+
+def test_the_op_hands_the_kernel_its_arguments(driver, monkeypatch):
+    """The op's way to the GPU, with the host driver in the binding's place."""
+
+    def binding(signal, switches, passes, filters, not_finite, out, image, origin, frame, *geometry):
+        *geometry, device, stream = geometry
+        assert (device, stream) == (None, "a stream")  # a CPU tensor's device has no index
+        maps = [x and host_driver.View(x[0], x[1], *(tuple(pair) for pair in x[2:])) for x in (signal, switches, passes)]
+        out = host_driver.View(out[0], out[1], tuple(out[2]), tuple(out[3]))
+        addresses = filters, not_finite, out, image, origin, frame or None
+        driver.step_views(*maps, *addresses, *geometry, groups=1, limit=LIMITS[1])
+
+    monkeypatch.setattr(deconv_step.native, "deconv_step_cuda", binding, raising=False)
+    monkeypatch.setattr(deconv_step._boundary, "stream", lambda device: "a stream")
+    for seed in range(30):
+        step = cases.drawn_step(500 + seed, (*cases.CONVS, None)[seed % 3], dtype=samples.DTYPES[seed % 4])
+        expected = step.expected()
+        arguments = (step.switches, step.passes, step.scale, step.frame)
+        given = torch.full(expected.shape, torch.nan, dtype=step.signal.dtype) if seed % 2 else None
+        out = deconv_step._cuda(step.signal, step.weight, step.step, step.image, step.origin, *arguments, given)
+        assert given is None or out is given
+        assert out.dtype == step.signal.dtype
+        cases.assert_close(out, expected, step)
+
+
+def test_the_op_hands_wide_results_on(monkeypatch):
+    monkeypatch.setattr(deconv_step, "_wide", lambda *args: args)
+    step = cases.drawn_step(2, dtype=torch.float32, channels=4)
+    for weight, geometry in (
+        (torch.randn(len(step.weight), 5, *step.weight.shape[2:]), step.step),
+        (step.weight, step.step._replace(groups=2)),
+    ):
+        arguments = (step.signal, weight, geometry, step.image, step.origin, None, None, None, None, None)
+        handed = deconv_step._cuda(*arguments)
+        assert all(a is b for a, b in zip(handed, arguments, strict=True))
 
 
 def test_deconv_step_refusals(driver):
