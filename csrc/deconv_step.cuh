@@ -177,25 +177,33 @@ class StepPatches {
   template <class L>
   ZF_HD void fill(const StepTile& tile, const StepWalk& walk, uint32_t thread, uint32_t threads, int32_t c,
                   int32_t count, int32_t y, int32_t x, const L& layout, T* shared) const {
+    const auto each = [&](int32_t lanes, const auto& put_item) {
 #pragma unroll 1
-    for (uint32_t item = thread; item < walk.items; item += threads) {
-      int32_t channel, j, i;
-      walk.at(item, &channel, &j, &i);
-      if (way != Way::any) channel *= V;
-      if (channel >= count) continue;
-      T* const to = shared + channel * layout.plane;
-      if (way == Way::any) {
-        to[layout.row_at(i) + layout.column_at(j)] = value(tile, c + channel, y + i, x + j);
-      } else if (way == Way::straight) {
-        put(straight(tile, c + channel, y + i, x + j), layout.plane, to + layout.row_at(i) + layout.column_at(j));
-      } else {
-        // Cell i holds places 2i and 2i + 1. (>> rounds down, also what is negative.)
-        const int32_t cell_y = (y >> 1) + i, cell_x = (x >> 1) + j;
-        if (last_)
-          fill_cell<true>(tile, c + channel, cell_y, cell_x, y, x, layout, to);
-        else
-          fill_cell<false>(tile, c + channel, cell_y, cell_x, y, x, layout, to);
+      for (uint32_t item = thread; item < walk.items; item += threads) {
+        int32_t channel, j, i;
+        walk.at(item, &channel, &j, &i);
+        channel *= lanes;
+        if (channel < count) put_item(c + channel, i, j, shared + channel * layout.plane);
       }
+    };
+    if (way == Way::any) {
+      each(1, [&](int32_t channel, int32_t i, int32_t j, T* to) {
+        to[layout.row_at(i) + layout.column_at(j)] = value(tile, channel, y + i, x + j);
+      });
+    } else if (way == Way::straight) {
+      each(V, [&](int32_t channel, int32_t i, int32_t j, T* to) {
+        put(straight(tile, channel, y + i, x + j), layout.plane, to + layout.row_at(i) + layout.column_at(j));
+      });
+    } else {
+      // Cell i holds places 2i and 2i + 1. (>> rounds down, also what is negative.)
+      const int32_t cell_y = y >> 1, cell_x = x >> 1;
+      const auto with = [&](auto last) {
+        each(V, [&](int32_t channel, int32_t i, int32_t j, T* to) {
+          fill_cell<decltype(last)::value>(tile, channel, cell_y + i, cell_x + j, y, x, layout, to);
+        });
+      };
+      if (last_) return with(std::true_type{});
+      with(std::false_type{});
     }
   }
 
@@ -292,11 +300,8 @@ class StepPatches {
         const bool mine = ours[0][j] && ours[1][i];
         // With `last`, a window beside the patch may be the last that names a place, and brings it zero.
         const bool asked = Last ? known[0][j] && known[1][i] : mine;
-#pragma unroll
-        for (int lane = 0; lane < V; ++lane) {
-          if (Last) values[j][i].lane[lane] = mine ? values[j][i].lane[lane] : S{};
-          named[j][i].lane[lane] = asked ? named[j][i].lane[lane] : no_tap;
-        }
+        if (Last && !mine) values[j][i] = {};
+        if (!asked) std::memset(&named[j][i], no_tap, V);
       }
     int32_t row_at[2], column_at[2];
     bool row_inside[2], column_inside[2], row_put[2], column_put[2];
