@@ -7,12 +7,13 @@
 // out: 418 + 105 + 232 KB in fp32, 0.16 us at 4.8 TB/s. So arithmetic bounds it, if shared memory can feed that: a
 // cycle takes four multiply-adds a lane and delivers one word.
 //
-// How: outputs whose places are equal modulo the stride, a class, take the same weights, from places next to each other.
-// A block takes a tile of outputs of one patch and a chunk of channels at a time. All its threads unpool and rectify the
-// places under the tile into shared memory, beside the chunk's filters; then each adds to 2 x 8 outputs of one class,
-// every channel of them, in registers. For each row of places it reads 12 values, of which 11 are used, and one row of
-// weights, which it keeps for the row below. With 7x7/2 that is 27 vectors of 4 words for 768 multiply-adds in the class
-// of most taps, and 1 word for 6.5 of them over all.
+// How: outputs whose places are equal modulo the stride, a class, take the same weights, from places next to each
+// other. A block takes a tile of outputs of one patch and a chunk of channels at a time. All its threads unpool and
+// rectify the places under the tile into shared memory, beside the chunk's filters; then each adds to 2 x 8 outputs of
+// one class, every channel of them, in registers. For each row of places it reads 12 values, of which 11 are used, and
+// one row of weights, which it keeps for the row below. With 7x7/2 that is 27 vectors of 4 words for 768 multiply-adds
+// in the class of most taps, and 1 word for 6.5 of them over all. Filling takes some 27 instructions for each place and
+// channel under a tile, beside 49 * 3 multiply-adds.
 //
 // Zeros are multiplied, too. At most one place in four holds a value, but a list of those shares no weight between
 // outputs, and a word for each multiply-add takes shared memory as long as four multiply-adds take. Where a filter is
@@ -444,7 +445,8 @@ template <class S, int C, class G>
 class DeconvTile {
  public:
   using T = typename Compute<S>::type;
-  static constexpr int32_t Q = G::rows, P = G::words * 4 / int32_t(sizeof(T));  // rows and columns of outputs of a thread
+  // Rows and columns of outputs of a thread.
+  static constexpr int32_t Q = G::rows, P = G::words * 4 / int32_t(sizeof(T));
 
   struct Sums {
     T of[Q][P][C];
@@ -804,7 +806,8 @@ class DeconvTile {
     const int64_t classes = all_classes < threads_per_block ? all_classes : threads_per_block;
     Plan best{};
     best.cost = std::numeric_limits<double>::infinity();
-    const int64_t most = threads_per_block / classes, needed[2] = {ceil_div(quotients(op, 0), Q), ceil_div(quotients(op, 1), P)};
+    const int64_t most = threads_per_block / classes;
+    const int64_t needed[2] = {ceil_div(quotients(op, 0), Q), ceil_div(quotients(op, 1), P)};
     for (int64_t slots = most;; slots /= 2) {
       for (int64_t columns = 1; columns <= slots && columns <= needed[1]; ++columns) {
         const int64_t rows = slots / columns < needed[0] ? slots / columns : needed[0];
@@ -844,10 +847,11 @@ inline bool counts_in_32_bits(const DeconvStep& op) {
                         double(op.pool.stride[axis]);
     const double conv = double(op.conv.kernel[axis]) * double(op.conv.dilation[axis]) + double(op.conv.padding[axis]);
     const double places = (corner + size) * double(op.pool.stride[axis]) + pool + map;
-    if ((places + threads_per_block * 8) * double(op.conv.stride[axis]) + conv + below + double(op.out.size[axis + 2]) > limit)
-      return false;
+    const double tile = threads_per_block * 8, out = double(op.out.size[axis + 2]);
+    if ((places + tile) * double(op.conv.stride[axis]) + conv + below + out > limit) return false;
   }
-  return double(op.signal.c()) * double(op.conv.taps()) * most_cuda_channels < limit;
+  return double(op.signal.c()) * double(op.conv.taps()) * most_cuda_channels < limit &&
+         double(op.conv.stride[0]) * double(op.conv.stride[1]) < limit;
 }
 
 // Calls launch(body) for the launch that the op takes; it runs the body's phases on every block. shared_limit: the bytes

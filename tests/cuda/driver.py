@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.bool: 4}
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
+CODES[torch.bool] = CODES[torch.uint8]
 GUARD = 64  # elements of pattern on each side of an output
 PATTERN = 0xFF  # NaN in every float type, and a byte that is no switch
 
