@@ -59,11 +59,12 @@ struct StepWalk {
   }
 };
 
-// Where the places under a tile lie in shared memory: a plane for each channel. With Vectors, a row holds its even vectors
-// of four and then the odd ones: neighbouring threads read every second vector, and so neighbours. And pairs of rows lie
-// so far apart that this goes on from one row of threads, of two rows of outputs each, to the next.
+// Where the places under a tile lie in shared memory: a plane for each channel. With Vectors, a row is of whole vectors of
+// four, the even ones and then the odd ones: neighbouring threads read every second vector, and so neighbours. And pairs
+// of rows lie so far apart that this goes on from one row of threads, of two rows of outputs each, to the next.
 template <bool Vectors>
 struct StepLayout {
+  static constexpr bool vectors = Vectors;
   static constexpr int word = 4;                   // values of a vector
   int32_t height = 0, width = 0;                   // places
   int32_t row = 0, pair = 0, odd = 0, plane = 0;  // from a row to the next, a pair of rows, the odd vectors, a channel
@@ -73,8 +74,8 @@ struct StepLayout {
   StepLayout(int32_t height_, int32_t width_, int32_t columns) : height(height_), width(width_), row(width_) {
     pair = 2 * row, plane = height * row;
     if (!Vectors) return;
-    const int32_t vectors = 2 * columns + 1, skipped = ((columns - 2 * vectors) % 8 + 8) % 8;  // of a cycle's eight
-    row = vectors * word, pair = (2 * vectors + skipped) * word, odd = (columns + 1) * word;
+    const int32_t of_row = 2 * columns + 1, skipped = ((columns - 2 * of_row) % 8 + 8) % 8;  // of a cycle's eight
+    row = of_row * word, pair = (2 * of_row + skipped) * word, odd = (columns + 1) * word;
     plane = (height + 1) / 2 * pair;
   }
   ZF_HD int32_t row_at(int32_t i) const { return Vectors ? (i >> 1) * pair + (i & 1) * row : i * row; }
@@ -122,6 +123,7 @@ class StepPatches {
     if (way == Way::any) return StepWalk(channels, columns, rows);
     // An area that begins in the middle of a cell meets one more.
     if (way == Way::cells) columns = columns / 2 + 1, rows = rows / 2 + 1;
+    if (way == Way::straight) columns = (columns + columns_at_once - 1) / columns_at_once;
     return StepWalk(channels / V, columns, rows);
   }
 
@@ -193,7 +195,7 @@ class StepPatches {
       });
     } else if (way == Way::straight) {
       each(V, [&](int32_t channel, int32_t i, int32_t j, T* to) {
-        put(straight(tile, channel, y + i, x + j), layout.plane, to + layout.row_at(i) + layout.column_at(j));
+        fill_straight(tile, channel, y + i, x, j * columns_at_once, layout, to + layout.row_at(i));
       });
     } else {
       // Cell i holds places 2i and 2i + 1. (>> rounds down, also what is negative.)
@@ -210,6 +212,7 @@ class StepPatches {
 
  private:
   static constexpr int64_t most_step = 0x7fffffff;
+  static constexpr int columns_at_once = 4;  // straight from the signal
 
   static Way way_of(const DeconvStep& op) {
     if (!vectors_over_channels(op.signal, V, sizeof(S))) return Way::any;
@@ -251,17 +254,41 @@ class StepPatches {
     for (int i = 0; i < V; ++i) v->lane[i] = open.lane[i] ? v->lane[i] : T(0);
   }
 
-  ZF_HD Vec<T, V> straight(const StepTile& tile, int32_t c, int32_t y, int32_t x) const {
-    Vec<T, V> result{};
-    if (!in_map(tile, y, x)) return result;
-    const Vec<S, V> v = Packed<V>::load(signal(tile, c, y, x), int64_t(1));
+  // Places (y, x + column) and the next, straight from the signal into columns of a row at `to`.
+  template <class L>
+  ZF_HD void fill_straight(const StepTile& tile, int32_t c, int32_t y, int32_t x, int32_t column, const L& layout,
+                           T* to) const {
+    constexpr int N = columns_at_once;
+    Vec<S, V> values[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      values[j] = {};
+      if (in_map(tile, y, x + column + j))
+        values[j] = Packed<V>::load(signal(tile, c, y, x + column + j), int64_t(1));
+    }
+    Vec<T, N> rows[V];  // of each channel
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      Vec<T, V> place;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const T wide = widen(values[j].lane[i]);
+        place.lane[i] = wide < floor_ ? T(0) : wide;
+      }
+      if (passes_.data && in_map(tile, y, x + column + j)) pass(tile, c, y, x + column + j, &place);
+#pragma unroll
+      for (int i = 0; i < V; ++i) rows[i].lane[j] = place.lane[i];
+    }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const T wide = widen(v.lane[i]);
-      result.lane[i] = wide < floor_ ? T(0) : wide;
+      if constexpr (L::vectors && N == L::word) {
+        store_vector(to + i * layout.plane + layout.column_at(column), rows[i]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+          if (column + j < layout.width) to[i * layout.plane + layout.column_at(column + j)] = rows[i].lane[j];
+      }
     }
-    pass(tile, c, y, x, &result);
-    return result;
   }
 
   // The 2x2 places of a cell, from the up to four windows over them. A window that brings nothing names nothing; its
@@ -786,11 +813,13 @@ class DeconvTile {
       chunk = room < lanes ? lanes : room < wanted ? room / lanes * lanes : wanted;
     }
     plan.chunk = int32_t(chunk);
-    // A place costs about as many instructions to fill as 40 multiply-adds.
+    // A place costs about as many instructions to fill as 40 multiply-adds. Chunks of less than a sector of memory would
+    // have it read twice.
+    const double place = plan.chunk < op.signal.c() && plan.chunk * int64_t(sizeof(S)) < 32 ? 400 : 40;
     const double taps = double(op.conv.taps()) / double(all_classes);
     const double threads = double(plan.slots * plan.classes) * double(plan.groups);
     plan.cost = double(plan.tiles[0]) * double(plan.tiles[1]) *
-                (threads * (Q * P * C * taps + 8) + (G::in_shared ? 40.0 * double(area[0] * area[1]) : 0.0));
+                (threads * (Q * P * C * taps + 8) + (G::in_shared ? place * double(area[0] * area[1]) : 0.0));
     return plan;
   }
 
