@@ -217,10 +217,10 @@ class StepPatches {
   static Way way_of(const DeconvStep& op) {
     if (!vectors_over_channels(op.signal, V, sizeof(S))) return Way::any;
     if (op.passes.data && !vectors_over_channels(op.passes, V, 1)) return Way::any;
-    if (!op.switches.data) return Way::straight;
-    for (int axis : {2, 3})  // whose steps a cell takes in 32 bits
+    for (int axis : {2, 3})  // whose steps are taken in 32 bits
       if (op.signal.stride[axis] > most_step / int64_t(sizeof(S)) || op.switches.stride[axis] > most_step)
         return Way::any;
+    if (!op.switches.data) return Way::straight;
     const bool cells = vectors_over_channels(op.switches, V, 1) && FixedWindow<int32_t, 3, 2>::is(op.pool);
     return cells ? Way::cells : Way::any;
   }
@@ -259,34 +259,37 @@ class StepPatches {
   ZF_HD void fill_straight(const StepTile& tile, int32_t c, int32_t y, int32_t x, int32_t column, const L& layout,
                            T* to) const {
     constexpr int N = columns_at_once;
+    const S* const values_of = signal_.data + (tile.signal + c);
     Vec<S, V> values[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       values[j] = {};
       if (in_map(tile, y, x + column + j))
-        values[j] = Packed<V>::load(signal(tile, c, y, x + column + j), int64_t(1));
+        values[j] = Packed<V>::load(stepped(values_of, y, x + column + j, value_step_), int64_t(1));
     }
-    Vec<T, N> rows[V];  // of each channel
+    Vec<T, V> places[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      Vec<T, V> place;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const T wide = widen(values[j].lane[i]);
-        place.lane[i] = wide < floor_ ? T(0) : wide;
+        places[j].lane[i] = wide < floor_ ? T(0) : wide;
       }
-      if (passes_.data && in_map(tile, y, x + column + j)) pass(tile, c, y, x + column + j, &place);
-#pragma unroll
-      for (int i = 0; i < V; ++i) rows[i].lane[j] = place.lane[i];
+      if (passes_.data && in_map(tile, y, x + column + j)) pass(tile, c, y, x + column + j, &places[j]);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if constexpr (L::vectors && N == L::word) {
-        store_vector(to + i * layout.plane + layout.column_at(column), rows[i]);
+      T* const channel = to + i * layout.plane;
+      if constexpr (L::vectors) {
+        static_assert(N == L::word, "a vector of the layout");
+        Vec<T, N> vector;
+#pragma unroll
+        for (int j = 0; j < N; ++j) vector.lane[j] = places[j].lane[i];
+        store_shared(channel + layout.column_at(column), vector);
       } else {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-          if (column + j < layout.width) to[i * layout.plane + layout.column_at(column + j)] = rows[i].lane[j];
+          if (column + j < layout.width) channel[layout.column_at(column + j)] = places[j].lane[i];
       }
     }
   }
@@ -383,7 +386,7 @@ class StepPatches {
   bool last_;
   int64_t maps_;
   int32_t size_[2], map_[2], windows_[2], places_[2];
-  int32_t value_step_[2], switch_step_[2];  // of rows and columns, in bytes, for cells
+  int32_t value_step_[2], switch_step_[2];  // of rows and columns, in bytes, where vectors are taken
 };
 
 // The taps of a convolution by which the outputs of one class are reached, along one axis:
@@ -807,15 +810,16 @@ class DeconvTile {
       plan.filter = int32_t(filter);
       const int64_t channel_bytes = (plan.layout.plane + filter) * int64_t(sizeof(T));
       if (lanes * channel_bytes > shared_limit) return plan;
-      // As much of a multiprocessor's memory as of its threads.
-      const int64_t room = shared_limit * (plan.slots * plan.classes) / threads_per_block / channel_bytes;
+      // Two large blocks to a multiprocessor, or three small ones: the limit is for two.
+      const bool small = plan.slots * plan.classes <= threads_per_block / 2;
+      const int64_t room = (small ? shared_limit * 2 / 3 - 512 : shared_limit) / channel_bytes;
       const int64_t wanted = ceil_div(op.signal.c() < most ? op.signal.c() : most, lanes) * lanes;
       chunk = room < lanes ? lanes : room < wanted ? room / lanes * lanes : wanted;
     }
     plan.chunk = int32_t(chunk);
-    // A place costs about as many instructions to fill as 40 multiply-adds. Chunks of less than a sector of memory would
-    // have it read twice.
-    const double place = plan.chunk < op.signal.c() && plan.chunk * int64_t(sizeof(S)) < 32 ? 400 : 40;
+    // A place costs about as many instructions to fill as 40 multiply-adds; more where a chunk is less than a sector of
+    // memory (32 bytes), which then is read again for the next.
+    const double place = plan.chunk < op.signal.c() && plan.chunk * int64_t(sizeof(S)) < 32 ? 120 : 40;
     const double taps = double(op.conv.taps()) / double(all_classes);
     const double threads = double(plan.slots * plan.classes) * double(plan.groups);
     plan.cost = double(plan.tiles[0]) * double(plan.tiles[1]) *
