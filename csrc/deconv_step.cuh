@@ -13,7 +13,7 @@
 // one class, every channel of them, in registers. For each row of places it reads 12 values, of which 11 are used, and
 // one row of weights, which it keeps for the row below. With 7x7/2 that is 27 vectors of 4 words for 768 multiply-adds
 // in the class of most taps, and 1 word for 6.5 of them over all. Filling takes some 27 instructions for each place and
-// channel under a tile, beside 49 * 3 multiply-adds.
+// channel under a tile, beside 49 * 3 multiply-adds; and 10, beside 9 * 3, where there is no pool above a 3x3 one.
 //
 // Zeros are multiplied, too. At most one place in four holds a value, but a list of those shares no weight between
 // outputs, and a word for each multiply-add takes shared memory as long as four multiply-adds take. Where a filter is
@@ -59,9 +59,9 @@ struct StepWalk {
   }
 };
 
-// Where the places under a tile lie in shared memory: a plane for each channel. With Vectors, a row is of whole vectors of
-// four, the even ones and then the odd ones: neighbouring threads read every second vector, and so neighbours. And pairs
-// of rows lie so far apart that this goes on from one row of threads, of two rows of outputs each, to the next.
+// Where the places under a tile lie in shared memory: a plane for each channel. With Vectors, a row is of whole vectors
+// of four, the even ones and then the odd ones: neighbouring threads read every second vector, and so neighbours. And
+// pairs of rows lie so far apart that this goes on from one row of threads, of two rows of outputs each, to the next.
 template <bool Vectors>
 struct StepLayout {
   static constexpr bool vectors = Vectors;
