@@ -524,7 +524,7 @@ class DeconvTile {
 
   bool fits() const { return plan_.cost < std::numeric_limits<double>::infinity(); }
   int64_t blocks() const { return blocks_; }
-  uint32_t threads() const { return plan_.slots * plan_.classes; }
+  ZF_HD uint32_t threads() const { return plan_.slots * plan_.classes; }
   int64_t shared_bytes() const {
     return G::in_shared ? int64_t(plan_.chunk) * (plan_.layout.plane + plan_.filter) * int64_t(sizeof(T)) : 0;
   }
@@ -578,7 +578,7 @@ class DeconvTile {
       T* const filters = shared + plan_.chunk * plan_.layout.plane;
       const int32_t weights = conv_.kernel(0) * conv_.kernel(1) * C;
 #pragma unroll 1
-      for (uint32_t i = thread; i < uint32_t(count * weights); i += threads_per_launch()) {
+      for (uint32_t i = thread; i < uint32_t(count * weights); i += threads()) {
         const uint32_t tap = i / C, channel = i - tap * C;
         const uint32_t row = by_columns_.quotient(tap);  // rows of all channels
         T w = T(0);
@@ -586,7 +586,7 @@ class DeconvTile {
           w = filters_[(int64_t(c) * conv_.kernel(0) * conv_.kernel(1) + tap) * out_channels_ + channel];
         filters[weight_at(int32_t(row), int32_t(by_columns_.remainder(tap, row))) + channel] = w;
       }
-      patches_.fill(tile, walk_, thread, threads_per_launch(), c, count, tile.q[0] - reach_[0], tile.q[1] - reach_[1],
+      patches_.fill(tile, walk_, thread, threads(), c, count, tile.q[0] - reach_[0], tile.q[1] - reach_[1],
                     plan_.layout, shared);
     }
   }
@@ -678,7 +678,6 @@ class DeconvTile {
   }
   static constexpr int32_t row_weights = weights_of_taps(most_taps());
 
-  ZF_HD uint32_t threads_per_launch() const { return plan_.slots * plan_.classes; }
   ZF_HD int32_t count_from(int32_t c) const { return channels_ - c < plan_.chunk ? channels_ - c : plan_.chunk; }
   ZF_HD int32_t floor_by_stride(int axis, int32_t n) const {
     if (n >= 0) return int32_t(by_stride_[axis].quotient(uint32_t(n)));
