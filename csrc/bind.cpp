@@ -294,6 +294,31 @@ PYBIND11_MODULE(_C, m) {
     zf::pool_gather2d_cuda(view(x), view(switches), view(out), window(pool), overlap(overlap_last),
                            reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
   });
+  m.def("deconv_step_cuda",
+        [](const TensorTuple& signal, const std::optional<TensorTuple>& switches,
+           const std::optional<TensorTuple>& passes, uintptr_t filters, uintptr_t not_finite, const TensorTuple& out,
+           uintptr_t image, uintptr_t origin, uintptr_t frame, const Pair& map, const Pair& below,
+           const WindowTuple& pool, const WindowTuple& conv, bool rectify, bool overlap_last, bool whole, int device,
+           uintptr_t stream) {
+          py::gil_scoped_release release;
+          zf::DeconvStep step;
+          step.signal = view(signal);
+          if (switches) step.switches = view(*switches);
+          if (passes) step.passes = view(*passes);
+          step.filters = reinterpret_cast<const void*>(filters);
+          step.not_finite = reinterpret_cast<const uint8_t*>(not_finite);
+          step.out = view(out);
+          step.image = reinterpret_cast<const int64_t*>(image);
+          step.origin = reinterpret_cast<const int64_t*>(origin);
+          step.frame = reinterpret_cast<const int64_t*>(frame);
+          for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
+          step.pool = window(pool);
+          step.conv = window(conv);
+          step.rectify = rectify;
+          step.last = overlap_last;
+          step.whole = whole;
+          zf::deconv_step_cuda(step, device, reinterpret_cast<void*>(stream));
+        });
   m.def("paste_boxes_cuda", [](const PasteTuple& op, int device, uintptr_t stream) {
     py::gil_scoped_release release;
     zf::paste_boxes_cuda(paste(op), device, reinterpret_cast<void*>(stream));

@@ -20,7 +20,9 @@ struct DeconvStep {
   View switches;                    // [N, K, Hp, Wp] bytes, each naming a place inside the map; data null: no pool
   View passes;                      // [N, K, Hu, Wu] bytes: 0 stops what comes down there; data null: nothing is stopped
   View weight;                      // [K, C/groups, kh, kw], contiguous
-  const void* filters = nullptr;    // the weight as pack_filters packs it; null: packed for this call
+  const void* filters = nullptr;    // the weight as pack_filters packs it; null: packed for this call. On CUDA, always
+                                    // given: [K, kh, kw, C] contiguous, times the scale, f64 for f64, else f32
+  const uint8_t* not_finite = nullptr;  // CUDA: one byte, not 0 where any of the filters is infinite or NaN
   View out;                         // [B, C, H, W]
   const int64_t* image = nullptr;   // [B]; null: the b-th
   const int64_t* origin = nullptr;  // [B][2], rows then columns; null: 0, 0
@@ -36,6 +38,13 @@ struct DeconvStep {
 };
 
 void deconv_step_cpu(const DeconvStep& step, int threads);
+
+// The same for results of one to four channels (pictures) and one group, on a GPU, where all pointers are the device's;
+// weight.data is not read. Any byte as a switch is safe: one that names no tap, or a place outside of the map, brings
+// nothing. So does a patch whose image the switches or passes do not hold, since nobody can wait for a GPU to check it.
+// Throws std::runtime_error where sizes and strides pass 32 bits along an axis, or a grid's blocks do not suffice.
+constexpr int64_t most_cuda_channels = 4;
+void deconv_step_cuda(const DeconvStep& step, int device, void* stream);
 
 // The filters as the kernel of the active instruction set reads them: their bytes for this weight, and the packing.
 // dtype is the signal's; `scale`, one float or double a filter (as the packed type), multiplies it, null for none.

@@ -57,14 +57,15 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Launches `kernel`, which runs `body` at its block and thread, on every block of the body. Never
-// synchronises.
+// Launches `kernel`, which runs `body` at its block and thread, on every block of the body, each of `threads` and
+// with `shared_bytes` of dynamic shared memory. Never synchronises.
 template <class Body>
-void launch(const char* op, void (*kernel)(Body), const Body& body, int device, void* stream) {
+void launch(const char* op, void (*kernel)(Body), const Body& body, int device, void* stream,
+            uint32_t threads = threads_per_block, int64_t shared_bytes = 0) {
   void* arguments[] = {const_cast<Body*>(&body)};
   check(op, device,
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(uint32_t(body.blocks())),
-                         dim3(threads_per_block), arguments, 0, static_cast<cudaStream_t>(stream)));
+                         dim3(threads), arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace gpu

@@ -121,6 +121,17 @@ ZF_HD void store_vector(T* p, const Vec<T, V>& v) {
   *reinterpret_cast<Vec<T, V>*>(p) = v;
 }
 
+// The same to shared memory, in one access for certain: where its address is computed, the compiler makes four of it.
+ZF_HD void store_shared(float* p, const Vec<float, 4>& v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(uint32_t(__cvta_generic_to_shared(p))), "f"(v.lane[0]),
+               "f"(v.lane[1]), "f"(v.lane[2]), "f"(v.lane[3])
+               : "memory");
+#else
+  store_vector(p, v);
+#endif
+}
+
 // V channels that are next to each other in memory.
 template <int V>
 struct Packed {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import dataclass
 
 import oracle
 import samples
 import torch
 from driver import Output
 from zfcore import reference
-from zfcore.reference._params import Places
+from zfcore.ops.deconv_step import packed_for_cuda
+from zfcore.reference._params import Places, StepParams
 
 # The windows that kernels are compiled for, with the paddings that they allow.
 KNOWN = [((3, 3), (2, 2), (p, q)) for p, q in ((0, 0), (1, 1), (0, 1))] + [
@@ -101,6 +103,129 @@ def check_paste(driver, pictures, fill, boxes, places, layout):
         assert oracle.same(out.check(), expected), (shape, layout)
     (report,) = reports
     return report
+
+
+@dataclass(repr=False)
+class Step:
+    """The arguments of a `deconv_step` to few channels, and how its result lies."""
+
+    name: str
+    signal: torch.Tensor
+    weight: torch.Tensor
+    step: StepParams
+    image: torch.Tensor
+    origin: torch.Tensor
+    switches: torch.Tensor | None
+    passes: torch.Tensor | None
+    scale: torch.Tensor | None
+    frame: tuple[torch.Tensor, tuple[int, int]] | None
+    layout: str
+
+    def __repr__(self):
+        return f"{self.name}: {self.signal.dtype} {tuple(self.signal.shape)} to {self.weight.size(1)}, {self.step}"
+
+    def expected(self):
+        """The reference's result in float64."""
+        signal, weight, scale = (None if x is None else x.double() for x in (self.signal, self.weight, self.scale))
+        return reference.deconv_step(
+            signal, weight, self.step, self.image, self.origin, self.switches, self.passes, scale, self.frame
+        )
+
+    def check(self, driver, limit=64 * 1024, expected=None):
+        expected = self.expected() if expected is None else expected
+        packed, reports, results = packed_for_cuda(self.weight, self.scale), set(), []
+        for backwards in (False, True):
+            out = Output(expected.shape, self.signal.dtype, strides_of(expected.shape, self.layout))
+            reports.add(
+                driver.deconv_step(
+                    self.signal, packed, self.step, self.image, self.origin, self.switches, self.passes,
+                    None if self.frame is None else self.frame[0], out.tensor, limit, backwards,
+                )
+            )  # fmt: skip
+            results.append(out.check())
+            assert_close(results[-1], expected, self)
+        assert oracle.same(*results), self
+        (report,) = reports
+        assert report.shared_bytes <= limit
+        return report
+
+
+STEP_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CONVS = {"7x7/2": ((7, 7), (2, 2)), "3x3/1": ((3, 3), (1, 1))}
+STEP_POOLS = {"3x3/2": ((3, 3), (2, 2)), "2x2/2": ((2, 2), (2, 2)), "none": None}
+
+
+def assert_close(ours, wanted, what):
+    assert torch.equal(ours.isnan(), wanted.isnan()), what
+    finite = wanted.isfinite()
+    assert torch.equal(ours[~finite & ~wanted.isnan()].double(), wanted[~finite & ~wanted.isnan()]), what
+    if finite.any():
+        error = (ours.double() - wanted)[finite].abs().max()
+        assert error <= STEP_TOLERANCE[ours.dtype] * wanted[finite].abs().max().clamp(min=1e-30), (error, what)
+
+
+def drawn_step(seed, conv=None, pool=None, dtype=None, channels=None, special=False, **fixed):
+    """Patches, maps and frames overlap every border in one sample or another.
+
+    conv, pool: one of CONVS and STEP_POOLS, or None for windows that are drawn too. fixed: further fields of the step.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dtype = dtype or rng.choice(samples.DTYPES)
+    filters = rng.choice([1, 2, 4, 5, 8, 12, 36, 40])
+    channels = channels or rng.choice([1, 2, 3, 3, 4])
+    if conv is None:
+        kernel = rng.choice([1, 3, 5]), rng.choice([1, 2, 3, 4])
+        stride, spread = (rng.choice([1, 2, 3]), rng.choice([1, 2, 5])), (rng.choice([1, 2]), rng.choice([1, 1, 2, 3]))
+    else:
+        (kernel, stride), spread = CONVS[conv], (1, 1)
+    padding = tuple(rng.randint(0, d * (k - 1)) for k, d in zip(kernel, spread, strict=True))
+    conv = (kernel, stride, padding, spread)
+    below = tuple(rng.randint(d * (k - 1) + 6, 40) for k, d in zip(kernel, spread, strict=True))
+    size = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(below, *conv, strict=True))
+    if pool is None:
+        window = rng.choice([1, 2, 3]), rng.choice([2, 3, 5])
+        pool = (window, (rng.choice([1, 2, 3]), rng.choice([1, 2])), None, (rng.choice([1, 1, 2]), 1))
+    else:
+        pool = STEP_POOLS[pool] and (*STEP_POOLS[pool], None, (1, 1))
+    if pool and any(n < d * (k - 1) + 1 for n, k, d in zip(size, pool[0], pool[3], strict=True)):
+        pool = None
+    own, switches = size, None
+    if pool:
+        pool = (*pool[:2], tuple(rng.randint(0, k // 2) for k in pool[0]), pool[3])
+        maps = torch.randn((3, filters, *size), generator=generator).round()
+        _, switches, _ = oracle.pool(maps, *pool, False)
+        own = tuple(switches.shape[2:])
+    batch = rng.choice([1, 2, 5])
+    patch = rng.choice([own, tuple(rng.randint(1, n) for n in own)])
+    origin = torch.stack([torch.randint(1 - m, n, (batch,), generator=generator) for m, n in zip(patch, own)], 1)
+    origin[0] = torch.randint(-2, 2, (2,), generator=generator)
+    whole = fixed.pop("whole", rng.random() < 0.4)
+    frame = None
+    if whole and rng.random() < 0.5:
+        frame = torch.randint(-9, 9, (batch, 2), generator=generator), (rng.randint(1, 40), rng.randint(1, 40))
+    passes = torch.rand((3, filters, *size), generator=generator) < 0.6 if rng.random() < 0.4 else None
+    layout = rng.choice(["channels_last", "channels_last", "contiguous", "sliced"])
+    lay_out = lambda x: None if x is None else samples.lay_out(x, layout)  # noqa: E731
+    weight = torch.randn((filters, channels, *kernel), generator=generator).to(dtype)
+    if special:
+        weight.view(-1)[rng.randrange(3) :: weight.numel() // 3 + 1] = rng.choice([torch.inf, -torch.inf, torch.nan])
+    signal = samples.draw((batch, filters, *patch), dtype, "special" if special else "normal", generator)
+    step = StepParams(
+        pool, conv, 1, size, below, whole, rng.random() < 0.7, fixed.pop("overlap", rng.choice(samples.OVERLAPS))
+    )
+    return Step(
+        f"seed {seed}{' of special values' * special}",
+        lay_out(signal),
+        weight,
+        step._replace(**fixed),
+        torch.randint(0, 3, (batch,), generator=generator),
+        origin,
+        lay_out(switches),
+        lay_out(passes),
+        torch.randn(filters, generator=generator).to(dtype) if rng.random() < 0.3 and not special else None,
+        frame,
+        rng.choice(["contiguous", "channels_last", "gaps"]),
+    )
 
 
 def check_pool(driver, sample):

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
+CODES[torch.bool] = CODES[torch.uint8]
 GUARD = 64  # elements of pattern on each side of an output
 PATTERN = 0xFF  # NaN in every float type, and a byte that is no switch
 
@@ -34,11 +35,29 @@ class Window(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")]
 
 
+class DeconvStep(ctypes.Structure):
+    """csrc/deconv_step.h"""
+
+    _fields_ = [
+        *((name, View) for name in ("signal", "switches", "passes", "weight")),
+        *((name, ctypes.c_void_p) for name in ("filters", "not_finite")),
+        ("out", View),
+        *((name, ctypes.c_void_p) for name in ("image", "origin", "frame")),
+        *((name, ctypes.c_int64 * 2) for name in ("map", "below")),
+        *((name, Window) for name in ("pool", "conv")),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("rectify", "last", "whole")),
+    ]
+
+
 class CReport(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase")
+            for name in (
+                "launches", "blocks", "index_bits", "channels", "packed", "known_kernel", "phase", "way", "in_shared",
+                "shared_bytes", "threads",
+            )
         ),
         ("error", ctypes.c_char * 256),
     ]
@@ -55,6 +74,10 @@ class Report:
     packed: bool
     known_kernel: int
     phase: int
+    way: int
+    in_shared: int
+    shared_bytes: int
+    threads: int
 
 
 def compiler() -> str | None:
@@ -150,6 +173,30 @@ class Driver:
         views = map(ctypes.byref, (images, fill, out))
         indices = [ctypes.c_void_p(t.data_ptr()) for t in (image, origin, boxes)]
         return self._call(self.library.paste_boxes, *views, *indices, int(backwards))
+
+    def deconv_step(self, signal, packed, step, image, origin, switches, passes, frame, out, limit, backwards=False):
+        """passes: uint8 or bool. packed: the filters and their flag, as zfcore.ops.deconv_step.packed_for_cuda makes them."""
+        filters, not_finite = packed
+        views = [None if t is None else view(t) for t in (signal, switches, passes)]
+        addresses = [None if t is None else t.data_ptr() for t in (image, origin, frame)]
+        pool = step.pool or ((1, 1), (1, 1), (0, 0), (1, 1))
+        rules = step.rectify, step.overlap == "last", step.whole
+        return self.step_views(
+            *views, filters.data_ptr(), not_finite.data_ptr(), view(out), *addresses, step.map, step.below, pool,
+            step.conv, *rules, groups=step.groups, limit=limit, backwards=backwards,
+        )  # fmt: skip
+
+    def step_views(
+        self, signal, switches, passes, filters, not_finite, out, image, origin, frame, size, below, pool, conv,
+        rectify, last, whole, groups, limit, backwards=False,
+    ):  # fmt: skip
+        """As the binding takes its arguments. switches, passes: None where there are none."""
+        nothing, pair = View(), ctypes.c_int64 * 2
+        op = DeconvStep(
+            signal, switches or nothing, passes or nothing, nothing, filters, not_finite, out, image, origin, frame,
+            pair(*size), pair(*below), window(pool), window(conv), groups, rectify, last, whole,
+        )  # fmt: skip
+        return self._call(self.library.deconv_step, ctypes.byref(op), ctypes.c_int64(limit), int(backwards))
 
     def divide(self, divisor: int, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quotients and remainders; numbers are uint32 in an int64 tensor."""

@@ -5,7 +5,9 @@
 // Compiled by tests/cuda/driver.py with a plain C++ compiler, and called through ctypes.
 #include <cstring>
 #include <exception>
+#include <vector>
 
+#include "deconv_step.cuh"
 #include "max_pool2d_with_switches.cuh"
 #include "paste_boxes.cuh"
 #include "unpool_relu2d.cuh"
@@ -21,6 +23,10 @@ struct Report {
   int64_t packed;      // whether these are one access
   int64_t known_kernel;
   int64_t phase;
+  int64_t way;           // how deconv_step fills its places
+  int64_t in_shared;     // whether it does
+  int64_t shared_bytes;
+  int64_t threads;
   char error[256];
 };
 
@@ -62,6 +68,42 @@ auto launcher(bool backwards, Report* report) {
       for (int64_t j = 0; j < zf::gpu::threads_per_block; ++j)
         body(uint32_t(backwards ? body.blocks() - 1 - i : i),
              uint32_t(backwards ? zf::gpu::threads_per_block - 1 - j : j));
+  };
+}
+
+// The same of deconv_step, whose threads pass a block's phases together. Its shared memory is full of NaN before each
+// block, and guarded by what lies beside it in the heap.
+auto step_launcher(bool backwards, Report* report) {
+  return [=](const auto& body) {
+    using Body = std::decay_t<decltype(body)>;
+    report->launches += 1;
+    report->blocks += body.blocks();
+    report->channels = Body::channels_of_results;
+    report->known_kernel = Body::known_kernel;
+    report->in_shared = Body::in_shared;
+    report->way = int64_t(body.way());
+    report->shared_bytes = body.shared_bytes();
+    report->threads = body.threads();
+    const uint32_t threads = body.threads();
+    const auto each = [&](const auto& f) {
+      for (uint32_t j = 0; j < threads; ++j) f(backwards ? threads - 1 - j : j);
+    };
+    using T = typename Body::T;
+    using Vector = zf::gpu::Vec<T, zf::gpu::vector_bytes / sizeof(T)>;
+    std::vector<Vector> memory(size_t(body.shared_bytes()) / sizeof(Vector));
+    std::vector<typename Body::Sums> sums(threads);
+    for (int64_t i = 0; i < body.blocks(); ++i) {
+      if (!memory.empty()) std::memset(static_cast<void*>(memory.data()), 0xff, memory.size() * sizeof(Vector));
+      T* const shared = reinterpret_cast<T*>(memory.data());
+      const auto tile = body.tile(uint32_t(backwards ? body.blocks() - 1 - i : i));
+      each([&](uint32_t j) { Body::clear(&sums[j]); });
+      if (!tile.empty)
+        for (int32_t c = 0; c < body.channels(); c += body.chunk()) {
+          each([&](uint32_t j) { body.fill(tile, j, c, shared); });
+          each([&](uint32_t j) { body.add(tile, j, c, shared, &sums[j]); });
+        }
+      each([&](uint32_t j) { body.write(tile, j, sums[j]); });
+    }
   };
 }
 
@@ -111,6 +153,10 @@ int paste_boxes(const zf::View* images, const zf::View* fill, const zf::View* ou
   return guarded(report, [&] {
     zf::gpu::paste_boxes({*images, *fill, *out, image, origin, boxes}, launcher(backwards, report));
   });
+}
+
+int deconv_step(const zf::DeconvStep* op, int64_t shared_limit, int backwards, Report* report) {
+  return guarded(report, [&] { zf::gpu::deconv_step(*op, shared_limit, step_launcher(backwards, report)); });
 }
 
 // Quotients and remainders of `count` numbers by `divisor`.

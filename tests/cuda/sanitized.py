@@ -32,4 +32,7 @@ for sample in [*samples.table(150, seed=7), *cases.known_samples()]:
 for seed in range(60):
     dtype, layout = samples.DTYPES[seed % len(samples.DTYPES)], samples.LAYOUTS[seed % len(samples.LAYOUTS)]
     cases.check_paste(driver, *cases.pasted(seed, dtype, layout), ("dense", "gaps", "contiguous")[seed % 3])
+for seed in range(24):
+    conv, pool = (*cases.CONVS, None)[seed % 3], (*cases.STEP_POOLS, None)[seed % 4]
+    cases.drawn_step(seed, conv, pool, special=seed % 5 == 0).check(driver, (16, 12 * 1024, 112 * 1024)[seed // 8])
 print("clean")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import random
+from dataclasses import replace
 
 import cases
 import driver as host_driver
@@ -18,7 +19,10 @@ import pytest
 import samples
 import torch
 from driver import Output
-from zfcore.reference._params import Places
+from zfcore.ops import deconv_step
+from zfcore.ops.deconv_step import packed_for_cuda
+from zfcore.reference._params import Places, StepParams
+from zfcore.reference.deconv_step import cut
 
 SAMPLES = 40  # of each dtype and layout: 4 x 8 x 40 = 1,280 an op
 
@@ -503,6 +507,210 @@ def test_paste_boxes_past_32_bit_offsets(driver, huge):
     view = driver_view(torch.empty(1, 3, 1, 1), (2**20, 2**20, 2**12, 1))
     with pytest.raises(RuntimeError, match="more values than 32 bits can count"):
         driver.paste_views(driver_view(pictures), driver_view(fill), view, *[places.image] * 3)
+
+
+# ---- Steps of the deconvnet ----------------------------------------------------------------------
+
+LIMITS = (12 * 1024, 48 * 1024, 112 * 1024)  # of shared memory: how large tiles and chunks of channels get
+ANY, STRAIGHT, CELLS = range(3)  # ways to fill the places under a tile
+
+
+@by_dtype
+@pytest.mark.parametrize("conv", [*cases.CONVS, None], ids=str)
+def test_deconv_step(driver, dtype, conv):
+    reached = set()
+    for pool, special, seed in itertools.product((*cases.STEP_POOLS, None), (False, True), range(12)):
+        step = cases.drawn_step(seed, conv, pool, dtype, special=special)
+        report = step.check(driver, LIMITS[seed % 3])
+        reached.add((report.known_kernel, report.way))
+    known = {"7x7/2": 7, "3x3/1": 3}.get(conv, 0) if dtype != torch.float64 else 0
+    assert {(known, way) for way in (ANY, STRAIGHT, CELLS)} <= reached
+
+
+@by_dtype
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_deconv_step_without_room_in_shared_memory(driver, dtype, channels):
+    for seed, special in itertools.product(range(12), (False, True)):
+        step = cases.drawn_step(100 + seed, dtype=dtype, channels=channels, special=special)
+        report = step.check(driver, 16)
+        assert not report.in_shared and report.shared_bytes == 0
+
+
+@pytest.mark.parametrize("conv", [*cases.CONVS, None], ids=str)
+def test_deconv_step_bits_do_not_depend_on_the_tiles_or_the_batch(driver, conv):
+    for seed in range(20):
+        step = cases.drawn_step(200 + seed, conv, dtype=torch.float32, channels=3)
+        packed, shape = packed_for_cuda(step.weight, step.scale), step.expected().shape
+        results = []
+        for first, limit in ((0, LIMITS[0]), (0, LIMITS[2]), (shape[0] - 1, LIMITS[1])):
+            part = slice(first, None)
+            corner = None if step.frame is None else step.frame[0][part].contiguous()
+            out = Output((shape[0] - first, *shape[1:]), torch.float32)
+            arguments = (step.image[part], step.origin[part], step.switches, step.passes, corner, out.tensor, limit)
+            driver.deconv_step(step.signal[part], packed, step.step, *arguments)
+            results.append(out.check())
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0][-1:], results[2]), step
+
+
+POOL = ((3, 3), (2, 2), (1, 1), (1, 1))
+SHAPES = {
+    # name: patch, pool, kernel and stride of the filters, maps, below, whether whole maps come down
+    "ZFNet from conv5": ((33, 33), POOL, "7x7/2", (110, 110), (224, 224), False),
+    "ZFNet from conv2": ((7, 7), POOL, "7x7/2", (110, 110), (224, 224), False),
+    "ResNet, whole maps": ((56, 56), POOL, "7x7/2", (112, 112), (224, 224), True),
+    "VGG": ((212, 212), None, "3x3/1", (224, 224), (224, 224), False),
+    "VGG, whole maps": ((224, 224), None, "3x3/1", (224, 224), (224, 224), True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_deconv_step_few_threads_idle(driver, name):
+    patch, pool, conv, size, below, whole = SHAPES[name]
+    kernel, stride = cases.CONVS[conv]
+    conv = (kernel, stride, tuple(k // 2 for k in kernel), (1, 1))
+    generator = torch.Generator().manual_seed(0)
+    signal, switches = torch.randn((2, 4, *patch), generator=generator), None
+    if pool:
+        _, switches, _ = oracle.pool(torch.randn((1, 4, *size), generator=generator), *pool, False)
+        switches = samples.lay_out(switches, "channels_last")
+    step = cases.Step(
+        name, samples.lay_out(signal, "channels_last"), torch.randn((4, 3, *kernel), generator=generator),
+        StepParams(pool, conv, 1, size, below, whole, True, "sum"), torch.zeros(2, dtype=torch.int64),
+        torch.tensor([[0, 0], [3, 5]]) * (not whole), switches, None, None, None, "contiguous",
+    )  # fmt: skip
+    report = step.check(driver, 112 * 1024)
+    assert (report.known_kernel, report.way) == (kernel[0], CELLS if pool else STRAIGHT)
+    outputs = step.expected()[:, 0].numel()
+    assert outputs / (report.blocks * report.threads * 16) > (0.55 if name == "ZFNet from conv2" else 0.8)
+
+
+@pytest.mark.parametrize("conv", [*cases.CONVS, None], ids=str)
+def test_deconv_step_switches_of_any_byte(driver, conv):
+    """A switch that names no tap, or no place of the map, brings nothing; and nothing is read or written for it."""
+    for seed, pool, limit in itertools.product(range(6), ("3x3/2", "2x2/2", None), (16, LIMITS[1])):
+        step = replace(cases.drawn_step(300 + seed, conv, pool, torch.float32, overlap="sum"), passes=None)
+        if step.switches is None:
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        taps = step.step.pool[0][0] * step.step.pool[0][1]
+        wild = torch.randint(0, 256 if seed % 2 else taps + 1, step.switches.shape, generator=generator)
+        valid, _, _ = named_places(wild, step.step.map, step.step.pool)
+        step.switches.copy_(wild)
+        tame = replace(step, switches=torch.where(valid, step.switches, 0).contiguous())
+        b, _, h, w = step.signal.shape
+        named = cut(valid.float(), step.image, step.origin, (h, w)) > 0
+        tame.signal = torch.where(named, step.signal, 0)
+        step.check(driver, limit, tame.expected())
+        step.step = step.step._replace(overlap="last")
+        out = Output(tame.expected().shape, torch.float32)
+        corner = None if step.frame is None else step.frame[0]
+        arguments = (step.image, step.origin, step.switches, None, corner, out.tensor, limit)
+        driver.deconv_step(step.signal, packed_for_cuda(step.weight, step.scale), step.step, *arguments)
+        assert out.check().isfinite().all()
+
+
+@pytest.mark.parametrize("limit", [16, LIMITS[1]])
+@pytest.mark.parametrize("conv", [*cases.CONVS, None], ids=str)
+def test_deconv_step_of_no_image_or_place_is_zero(driver, conv, limit):
+    """On a GPU nobody checks the indices first: what lies in no map brings nothing."""
+    far = 2**62
+    for seed in range(12):
+        step = cases.drawn_step(400 + seed, conv, dtype=torch.float32)
+        shape = step.expected().shape
+        if step.switches is not None or step.passes is not None:
+            for image in (-1, 3, far, -far):
+                replace(step, image=torch.full_like(step.image, image)).check(driver, limit, torch.zeros(shape).double())
+        for corner in (far, -far, 2**31, -(2**31) - 1, 41, -500):
+            replace(step, origin=torch.full_like(step.origin, corner)).check(
+                driver, limit, torch.zeros(shape).double()
+            )
+            if step.frame is not None:
+                frame = torch.full_like(step.frame[0], corner), step.frame[1]
+                replace(step, frame=frame).check(driver, limit, torch.zeros(shape).double())
+
+
+def test_deconv_step_of_nothing_launches_nothing(driver):
+    step = cases.drawn_step(1)
+    empty, packed = step.signal[:0], packed_for_cuda(step.weight, None)
+    out = torch.empty(0, *step.expected().shape[1:], dtype=empty.dtype)
+    arguments = (step.image[:0], step.origin[:0], step.switches, step.passes, None, out, LIMITS[0])
+    assert driver.deconv_step(empty, packed, step.step, *arguments).launches == 0
+
+
+@pytest.mark.parametrize("rows", [2**29, 2**30 + 5])
+def test_deconv_step_past_32_bit_offsets(driver, huge, rows):
+    """Rows, patches and maps of images that lie so far apart; the steps of cells are 32 bits of bytes, or not used."""
+    pool, conv = ((3, 3), (2, 2), (0, 0), (1, 1)), ((7, 7), (2, 2), (3, 3), (1, 1))
+    _, near, _ = oracle.pool(torch.randn(2, 8, 13, 13), *pool, False)
+    switches = spread_out(huge, 0, near, (2**31 + 16, 1, 48, 8))
+    signal = spread_out(huge, 5 * 2**30, torch.randn(2, 8, 2, 3).to(torch.bfloat16), (2**31 + 24 - rows, 1, rows, 8))
+    step = cases.Step(
+        "far apart", signal, torch.randn(8, 3, 7, 7).to(torch.bfloat16),
+        StepParams(pool, conv, 1, (13, 13), (26, 26), False, True, "sum"), torch.tensor([1, 0]),
+        torch.tensor([[0, 1], [2, 3]]), switches, None, None, None, "contiguous",
+    )  # fmt: skip
+    expected = step.expected()
+    report = step.check(driver, LIMITS[1], expected)
+    assert report.way == (CELLS if rows == 2**29 else ANY)
+    out = spread_out(huge, 10 * 2**30, torch.zeros(expected.shape).to(torch.bfloat16), (2**29, 2**27, 2**20, 1))
+    arguments = (step.image, step.origin, switches, None, None, out, LIMITS[1])
+    driver.deconv_step(signal, packed_for_cuda(step.weight, None), step.step, *arguments)
+    cases.assert_close(out.clone(), expected, step)
+
+
+def test_the_op_hands_the_kernel_its_arguments(driver, monkeypatch):
+    """The op's way to the GPU, with the host driver in the binding's place."""
+
+    def binding(signal, switches, passes, filters, not_finite, out, image, origin, frame, *geometry):
+        *geometry, device, stream = geometry
+        assert (device, stream) == (None, "a stream")  # a CPU tensor's device has no index
+        maps = [x and host_driver.View(x[0], x[1], *(tuple(pair) for pair in x[2:])) for x in (signal, switches, passes)]
+        out = host_driver.View(out[0], out[1], tuple(out[2]), tuple(out[3]))
+        addresses = filters, not_finite, out, image, origin, frame or None
+        driver.step_views(*maps, *addresses, *geometry, groups=1, limit=LIMITS[1])
+
+    monkeypatch.setattr(deconv_step.native, "deconv_step_cuda", binding, raising=False)
+    monkeypatch.setattr(deconv_step._boundary, "stream", lambda device: "a stream")
+    for seed in range(30):
+        step = cases.drawn_step(500 + seed, (*cases.CONVS, None)[seed % 3], dtype=samples.DTYPES[seed % 4])
+        expected = step.expected()
+        arguments = (step.switches, step.passes, step.scale, step.frame)
+        given = torch.full(expected.shape, torch.nan, dtype=step.signal.dtype) if seed % 2 else None
+        out = deconv_step._cuda(step.signal, step.weight, step.step, step.image, step.origin, *arguments, given)
+        assert given is None or out is given
+        assert out.dtype == step.signal.dtype
+        cases.assert_close(out, expected, step)
+
+
+def test_the_op_hands_wide_results_on(monkeypatch):
+    monkeypatch.setattr(deconv_step, "_wide", lambda *args: args)
+    step = cases.drawn_step(2, dtype=torch.float32, channels=4)
+    for weight, geometry in (
+        (torch.randn(len(step.weight), 5, *step.weight.shape[2:]), step.step),
+        (step.weight, step.step._replace(groups=2)),
+    ):
+        arguments = (step.signal, weight, geometry, step.image, step.origin, None, None, None, None, None)
+        handed = deconv_step._cuda(*arguments)
+        assert all(a is b for a, b in zip(handed, arguments, strict=True))
+
+
+def test_deconv_step_refusals(driver):
+    step = cases.drawn_step(3, "3x3/1", "none", torch.float32, channels=3)
+    out = torch.empty(step.expected().shape)
+
+    def run(weight=step.weight, like=step.step, out=out):
+        arguments = (step.image, step.origin, None, None, None, out, LIMITS[0])
+        driver.deconv_step(step.signal, packed_for_cuda(weight, None), like, *arguments)
+
+    with pytest.raises(RuntimeError, match="one group and at most 4 channels out"):
+        run(out=torch.empty(len(out), 5, *out.shape[2:]))
+    with pytest.raises(RuntimeError, match="one group and at most 4 channels out"):
+        run(like=step.step._replace(groups=3))
+    with pytest.raises(RuntimeError, match="longer than 32 bits can count"):
+        run(like=step.step._replace(below=(2**30, 4)))
+    with pytest.raises(RuntimeError, match="must be f32, f64, bf16 or f16"):
+        step.signal = step.signal.to(torch.uint8)
+        run()
 
 
 def driver_view(x, shape=None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 
+import cases
 import oracle
 import pytest
 import samples
@@ -15,6 +16,7 @@ from running import why_missing
 
 import zfcore.ops as ops
 from zfcore import _C, reference
+from zfcore.ops.deconv_step import deconv_step
 
 POOLS = [(3, 2, 0), (3, 2, 1), (2, 2, 0), ((3, 2), (1, 3), (1, 0))]
 LAYOUTS = ("contiguous", "channels_last")
@@ -166,3 +168,114 @@ def test_past_32_bit_offsets(layout, elements):
     unpooled = ops.unpool_relu2d(y, switches, 2, output_size=(8, 8))
     assert_same((unpooled[-4:],), expected[2:3])
     assert not unpooled[:-4].any()
+
+
+# ---- Steps of the deconvnet to pictures
+
+
+def on_gpu(step, **options):
+    """The op's result of a `cases.Step` whose tensors are moved to the GPU."""
+    move = lambda x: None if x is None else x.cuda()  # noqa: E731
+    frame = None if step.frame is None else (step.frame[0].cuda(), step.frame[1])
+    tensors = (step.image, step.origin, step.switches, step.passes, step.scale)
+    return deconv_step(
+        step.signal.cuda(), step.weight.cuda(), step.step, *map(move, tensors), frame=frame, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
+@pytest.mark.parametrize("conv", [*cases.CONVS, None], ids=str)
+def test_deconv_step_equals_the_reference(dtype, conv):
+    for pool, special, seed in itertools.product((*cases.STEP_POOLS, None), (False, True), range(6)):
+        step = cases.drawn_step(seed, conv, pool, dtype, special=special)
+        expected = step.expected()
+        cases.assert_close(on_gpu(step).cpu(), expected, step)
+        strides = cases.strides_of(expected.shape, step.layout)
+        out = torch.empty_strided(expected.shape, strides, dtype=dtype, device="cuda").fill_(torch.nan)
+        assert on_gpu(step, out=out) is out
+        cases.assert_close(out.cpu(), expected, step)
+
+
+@pytest.fixture
+def zfnet():
+    """ZFNet's first layer: arguments of the op on the GPU, and the result in float64."""
+    generator = torch.Generator().manual_seed(0)
+    pool, conv = ((3, 3), (2, 2), (1, 1), (1, 1)), ((7, 7), (2, 2), (1, 1), (1, 1))
+    _, switches, _ = oracle.pool(torch.randn((2, 96, 110, 110), generator=generator), *pool, False)
+    step = cases.Step(
+        "ZFNet", samples.lay_out(torch.randn((16, 96, 33, 33), generator=generator), "channels_last"),
+        torch.randn((96, 3, 7, 7), generator=generator),
+        cases.StepParams(pool, conv, 1, (110, 110), (224, 224), False, True, "sum"),
+        torch.arange(16) % 2, torch.randint(-8, 30, (16, 2), generator=generator),
+        samples.lay_out(switches, "channels_last"), None, None, None, "contiguous",
+    )  # fmt: skip
+    tensors = [x.cuda() for x in (step.signal, step.weight, step.image, step.origin, step.switches)]
+    return step, tensors
+
+
+def run_step(step, tensors, out=None):
+    signal, weight, image, origin, switches = tensors
+    return deconv_step(signal, weight, step.step, image, origin, switches, out=out)
+
+
+def test_deconv_step_of_a_network(zfnet):
+    step, tensors = zfnet
+    first = run_step(step, tensors)
+    cases.assert_close(first.cpu(), step.expected(), step)
+    for _ in range(50):
+        assert torch.equal(run_step(step, tensors), first)
+    tensors[1][5, 1, 2, 3] = torch.inf  # the careful loop
+    step.weight[5, 1, 2, 3] = torch.inf
+    cases.assert_close(run_step(step, tensors).cpu(), step.expected(), step)
+
+
+def test_deconv_step_follows_the_current_stream(zfnet):
+    step, tensors = zfnet
+    expected, side = run_step(step, tensors), torch.cuda.Stream()
+    for trial in range(100):
+        late = [torch.zeros_like(x) for x in tensors]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1_000_000)
+            for x, fresh in zip(late, tensors, strict=True):
+                x.copy_(fresh)
+            got = run_step(step, late)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(got, expected), trial
+        got.record_stream(torch.cuda.current_stream())
+
+
+def test_deconv_step_in_a_graph_without_waiting(zfnet):
+    step, tensors = zfnet
+    out = torch.empty_like(run_step(step, tensors))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_step(step, tensors, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        run_step(step, tensors, out)
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_step(step, tensors, out)
+    for replay in range(20):
+        tensors[0].copy_(torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(replay)))
+        tensors[1].mul_(-1)
+        expected = run_step(step, tensors)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected), replay
+
+
+def test_deconv_step_of_no_image_or_place_is_zero(zfnet):
+    """That no byte outside is touched is for compute-sanitizer to say."""
+    step, tensors = zfnet
+    for position, value in ((2, 2), (2, -1), (2, 2**62), (3, 2**61), (3, -(2**61))):
+        changed = list(tensors)
+        changed[position] = torch.full_like(tensors[position], value)
+        assert not run_step(step, changed).any()
+    changed = [*tensors[:4], torch.randint(0, 256, tensors[4].shape, dtype=torch.uint8, device="cuda")]
+    assert run_step(step, changed).isfinite().all()

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from driver import ROOT
 
-SOURCES = {"max_pool2d_with_switches": 28, "unpool_relu2d": 28, "paste_boxes": 8}  # and their least number of kernels
+# And their least number of kernels.
+SOURCES = {"max_pool2d_with_switches": 28, "unpool_relu2d": 28, "paste_boxes": 8, "deconv_step": 22}
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 # Three blocks of 256 threads still fit on a multiprocessor (64 Ki registers): enough to hide memory.
 MAX_REGISTERS = 80
+# Two blocks, where sums in registers bound the work.
+MAX_REGISTERS_OF = {"deconv_step": 128}
 
 
 def nvcc() -> str | None:
@@ -116,9 +119,9 @@ def test_every_kernel_is_there_for_every_architecture(compiled):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_takes_a_stack(compiled, architecture):
     kernels, _ = compiled
-    for kernel in (k for name in SOURCES for k in kernels[name] if k.architecture == architecture):
+    for name, kernel in ((name, k) for name in SOURCES for k in kernels[name] if k.architecture == architecture):
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, kernel.text
-        assert kernel.registers <= MAX_REGISTERS, kernel.text
+        assert kernel.registers <= MAX_REGISTERS_OF.get(name, MAX_REGISTERS), kernel.text
 
 
 def test_a_kernel_that_spills_is_found(tmp_path):
@@ -163,3 +166,42 @@ def test_machine_code(compiled, architecture):
                 assert "STG" in wide, title  # what it writes
                 # what it reads, but a gather's far values and pictures of any layout
                 assert "LDG" in wide or "pool_gather2d" in title or name == "paste_boxes", title
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_known_deconv_steps_multiply(compiled, architecture):
+    """Their innermost loops are multiply-adds, nine of ten instructions, fed by vectors from shared memory."""
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: it is neither on PATH nor in a triton package")
+    _, folder = compiled
+    command = [cuobjdump(), "-sass", "-arch", architecture, folder / "deconv_step.fatbin"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
+    titles = readable([function.splitlines()[0].strip() for function in functions])
+    for kernel, taps in (("FixedConv<7, 2>", {16, 12, 9}), ("FixedConv<3, 1>", {9})):
+        known = [function for title, function in zip(titles, functions, strict=True) if kernel in title]
+        assert len(known) == 3  # fp32, bf16, fp16
+        for function in known:
+            reached = set()
+            for loop in loops(function):
+                multiply_adds = sum(operation == "FFMA" for operation in loop)
+                if multiply_adds < 0.9 * len(loop):
+                    continue
+                assert multiply_adds % 48 == 0 and "LDS.128" in loop and not any("LDG" in o for o in loop)
+                reached.add(multiply_adds // 48)  # taps, of 2 x 8 outputs of 3 channels
+            assert reached == taps, kernel
+
+
+def loops(function: str) -> list[list[str]]:
+    """The operations from the target of each branch backwards to the branch."""
+    at, operations, found = {}, [], []
+    for line in function.splitlines():
+        instruction = re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", line)
+        if instruction is None:
+            continue
+        at[int(instruction[1], 16)] = len(operations)
+        operations.append(instruction[2])
+        target = re.search(r"0x([0-9a-f]+)", instruction[3]) if instruction[2].startswith("BRA") else None
+        if target and int(target[1], 16) in at:
+            found.append(operations[at[int(target[1], 16)] :])
+    return found

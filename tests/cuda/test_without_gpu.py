@@ -8,6 +8,7 @@ import torch
 from zfcore import _C
 
 POOL = ((2, 2), (2, 2), (0, 0), (1, 1))
+IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 @pytest.fixture
@@ -21,7 +22,10 @@ def views():
     return [(t.data_ptr(), code, tuple(t.shape), t.stride()) for t, code in tensors]
 
 
-@pytest.mark.parametrize("op", ["max_pool2d_with_switches", "unpool_relu2d", "pool_gather2d", "paste_boxes"])
+OPS = ["max_pool2d_with_switches", "unpool_relu2d", "pool_gather2d", "paste_boxes", "deconv_step"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_error_names_the_op_and_what_is_missing(views, op):
     x, y, switches = views
     arguments = {
@@ -29,6 +33,7 @@ def test_the_error_names_the_op_and_what_is_missing(views, op):
         "unpool_relu2d": (y, switches, x, POOL, True, False, 0),
         "pool_gather2d": (x, switches, y, POOL, False, 0),
         "paste_boxes": ((x, x, y, 0, 0, 0),),
+        "deconv_step": (y, switches, None, 0, 0, x, 0, 0, 0, (4, 4), (4, 4), POOL, IDENTITY, True, False, False),
     }[op]
     missing = "has no NVIDIA driver|NVIDIA driver finds no GPU|older than the CUDA"
     with pytest.raises(RuntimeError, match=rf"^zfcore: {op} on cuda:0: .*({missing})"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steps import Sample, close, draw
+from steps import TOLERANCE, Sample, close, draw
 
 from zfcore import ops, reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _filters
-from zfcore.ops.deconv_step import deconv_step
+from zfcore.ops.deconv_step import deconv_step, packed_for_cuda
 from zfcore.reference._params import StepParams
 
 
@@ -130,6 +130,23 @@ def test_within_one_call_a_weight_is_looked_at_once(plain, monkeypatch):
     assert torch.equal(_filters.for_deconv(plain.weight, None, step.conv, 1), scaled) and len(looks) == 4
 
 
+# ---- The filters on a GPU
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_filters_packed_for_a_gpu(dtype):
+    weight, scale = torch.randn(5, 3, 2, 4).to(dtype), torch.randn(5).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for factor in (None, scale):
+        filters, not_finite = packed_for_cuda(weight, factor)
+        product = weight.to(wide) if factor is None else weight.to(wide) * factor.to(wide)[:, None, None, None]
+        assert filters.dtype == wide and filters.is_contiguous() and not not_finite
+        assert torch.equal(filters, product.permute(0, 2, 3, 1))
+    for value in (torch.inf, -torch.inf, torch.nan):
+        weight[4, 2, 1, 3] = value
+        assert packed_for_cuda(weight, None)[1]
+
+
 # ---- What is refused
 
 
@@ -146,6 +163,8 @@ def test_within_one_call_a_weight_is_looked_at_once(plain, monkeypatch):
         (dict(passes=torch.ones(1, 16, 12, 12) > 0, image=torch.tensor([0, 1])), ShapeError, "expected 0 to 0"),
         (dict(scale=torch.ones(8)), ShapeError, r"expected \[16\]"),
         (dict(frame=(torch.zeros(2, 2, dtype=torch.int64), (4, 4))), ShapeError, "with step.whole"),
+        (dict(weight=torch.zeros(16, 8, 3, 3, device="meta")), DeviceError, "weight on meta: expected cpu"),
+        (dict(scale=torch.zeros(16, device="meta")), DeviceError, "scale on meta: expected cpu"),
     ],
 )  # fmt: skip
 def test_refusals(plain, change, error, words):

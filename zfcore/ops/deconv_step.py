@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
+from zfcore.reference._geometry import accumulator
 from zfcore.reference._params import Pair, StepParams
 
+MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def _check(signal, weight, step, image, origin, switches, passes, scale):
+def _check(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     b, k = signal.shape[:2]
     if tuple(image.shape) != (b,) or tuple(origin.shape) != (b, 2):
         raise ShapeError(
@@ -27,8 +29,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
     if (switches is None) != (step.pool is None):
         raise ShapeError("switches and step.pool: expected both or neither")
-    # On a GPU they would have to be waited for; the kernels there look themselves.
-    low, high = (int(end) for end in torch.aminmax(image)) if b and image.device.type == "cpu" else (0, -1)
+    # On a GPU the images would have to be waited for; the kernels there look themselves.
+    low, high = (int(end) for end in torch.aminmax(image)) if b and image.device.type != "cuda" else (0, -1)
     for name, maps, dtype in (("switches", switches, torch.uint8), ("passes", passes, torch.bool)):
         if maps is None:
             continue
@@ -40,6 +42,13 @@ def _check(signal, weight, step, image, origin, switches, passes, scale):
         raise ShapeError(f"passes of shape {tuple(passes.shape)}: expected maps of {tuple(step.map)}")
     if scale is not None and tuple(scale.shape) != (k,):
         raise ShapeError(f"scale of shape {tuple(scale.shape)}: expected [{k}]")
+    corner = None if frame is None else frame[0]
+    tensors = dict(
+        weight=weight, image=image, origin=origin, switches=switches, passes=passes, scale=scale, frame=corner, out=out
+    )
+    for name, x in tensors.items():
+        if x is not None and x.device != signal.device:
+            raise DeviceError(f"{name} on {x.device}: expected {signal.device}, where the signal is")
 
 
 def _shape(signal, weight, step, frame):
@@ -87,10 +96,23 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
     return out
 
 
-def _filters_on_gpu(weight, scale):
-    """[kh, kw, K, C / groups], and whether all are finite, [1]: made for each call, since nobody can wait for a hash."""
-    packed = weight.detach() if scale is None else weight.detach() * scale[:, None, None, None]
-    packed = packed.permute(2, 3, 0, 1).contiguous()
+def packed_for_cuda(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The filters as the kernels on a GPU read them, and whether any is infinite or NaN, made there without waiting.
+
+    weight: [K, C, kh, kw]; scale: [K], which multiplies it, or None. Returns [K, kh, kw, C] contiguous, float64 for
+    float64 and else float32, and one bool.
+    """
+    filters = weight.detach().to(accumulator(weight.dtype)).permute(0, 2, 3, 1)
+    if scale is not None:
+        filters = filters * scale.detach().to(filters.dtype)[:, None, None, None]
+    filters = filters.contiguous()
+    return filters, filters.isfinite().all().logical_not_()
+
+
+def packed_for_triton(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `packed_for_cuda`, of groups too: [kh, kw, K, C / groups] of the weight's dtype, and whether all are finite, [1]."""
+    packed = weight.detach() if scale is None else weight.detach() * scale.detach()[:, None, None, None]
+    packed = packed.to(weight.dtype).permute(2, 3, 0, 1).contiguous()
     return packed, packed.isfinite().all().reshape(1)
 
 
@@ -101,7 +123,7 @@ def _triton(signal, weight, step, image, origin, switches, passes, scale, frame,
     signal, switches, passes = (
         None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (signal, switches, passes)
     )
-    packed, finite = _filters_on_gpu(weight, scale)
+    packed, finite = packed_for_triton(weight, scale)
     own = image.contiguous(), origin.contiguous()
     return triton_kernel("deconv_step")(
         signal, packed, finite, *own, out, step.conv, step.groups, step.map, step.below, step.pool, switches, passes,
@@ -109,7 +131,45 @@ def _triton(signal, weight, step, image, origin, switches, passes, scale, frame,
     )  # fmt: skip
 
 
-_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu, "triton": _triton})
+# What the CUDA kernel leaves to others.
+_wide = choosing(
+    "deconv_step with more than 4 channels below, or with groups,", {"reference": _reference, "triton": _triton}
+)
+
+
+def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+    if step.groups != 1 or weight.size(1) > MOST_CUDA_CHANNELS:
+        return _wide(signal, weight, step, image, origin, switches, passes, scale, frame, out)
+    filters, not_finite = packed_for_cuda(weight, scale)
+    if out is None:
+        shape = _shape(signal, weight, step, frame)
+        out = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+    image, origin = image.contiguous(), origin.contiguous()
+    corner = None if frame is None else frame[0].contiguous()
+    native.deconv_step_cuda(
+        _boundary.view(signal),
+        None if switches is None else _boundary.view(switches),
+        None if passes is None else _boundary.view(passes.view(torch.uint8)),
+        _boundary.address(filters),
+        _boundary.address(not_finite),
+        _boundary.view(out),
+        _boundary.address(image),
+        _boundary.address(origin),
+        _boundary.address(corner),
+        tuple(step.map),
+        tuple(step.below),
+        IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
+        tuple(map(tuple, step.conv)),
+        step.rectify,
+        step.overlap == "last",
+        step.whole,
+        signal.device.index,
+        _boundary.stream(signal.device),
+    )
+    return out
+
+
+_run = choosing("deconv_step", {"reference": _reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton})
 
 
 def deconv_step(
@@ -130,10 +190,11 @@ def deconv_step(
         signal: [B, K, h, w] float; a patch of a pool's map with step.pool, else of the convolution's output.
         weight: [K, C / groups, kh, kw], the signal's dtype. Its packing for the CPU is kept while it lives.
         step: the geometry and the rules, see ``StepParams``.
-        image: [B] int64, which of the switches' and passes' maps each patch is of.
+        image: [B] int64, which of the switches' and passes' maps each patch is of. On a GPU, which nobody waits for,
+            one that they do not hold makes its result zero.
         origin: [B, 2] int64, where each patch begins in its map; may reach past the edges.
         switches: [N, K, Hp, Wp] uint8, as ``max_pool2d_with_switches`` made them of maps of step.map: they are
-            not checked again.
+            not checked again; on a GPU, one that names no place of the map brings nothing.
         passes: [N, K, *step.map] bool, where the rectifier's input lets a signal pass; None for everywhere.
         scale: [K], multiplies the filters; None for one.
         frame: with step.whole, where the result begins in the map below, [B, 2] int64, and its size: a window
@@ -145,11 +206,11 @@ def deconv_step(
         batch or on the number of threads.
 
     Raises:
-        ShapeError, DtypeError: the arguments do not belong together.
+        ShapeError, DtypeError, DeviceError: the arguments do not belong together.
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
-    _check(signal, weight, step, image, origin, switches, passes, scale)
+    _check(signal, weight, step, image, origin, switches, passes, scale, frame, out)
     if frame is not None and (not step.whole or frame[0].shape != origin.shape or frame[0].dtype != torch.int64):
         raise ShapeError(f"frame at {frame[0].dtype} {tuple(frame[0].shape)}: expected int64 [B, 2], with step.whole")
     shape = _shape(signal, weight, step, frame)
