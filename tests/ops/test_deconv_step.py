@@ -9,7 +9,7 @@ from steps import TOLERANCE, Sample, close, draw
 from zfcore import ops, reference
 from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _filters
-from zfcore.ops.deconv_step import deconv_step, packed_for_cuda
+from zfcore.ops.deconv_step import packed_for_cuda
 from zfcore.reference._params import StepParams
 
 
