@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zfcore.engine.job import SCRATCH_BYTES, Job, times
+from zfcore.engine.job import Job, numbers, scratch_bytes, times
 from zfcore.errors import ArgumentError, LayerNotFound, ShapeError, UnsupportedOperation
 from zfcore.network import observing, rule_of_call
 from zfcore.ops import max_pool2d_with_switches, unpool2d
@@ -136,7 +136,7 @@ class Dense:
         if self.job.batch_size is not None:
             return self.job.batch_size
         pixels = torch.Size(self.job.images.shape[1:]).numel()
-        return max(1, SCRATCH_BYTES // (pixels * self.job.images.element_size()))
+        return max(1, scratch_bytes(self.job.device) // (pixels * self.job.images.element_size()))
 
     def image_batches(self) -> Iterator[tuple[int, int]]:
         step = max(1, min(8, self.seeds_at_once() // len(self.job.units)))
@@ -214,7 +214,7 @@ class Dense:
             if job.positions == "all":
                 seed[:, unit] = job.seed_maps(maps[:, unit])
             else:
-                at = positions[:, i].to(job.device)
+                at = positions[:, i]
                 seed[rows, unit, at[:, 0], at[:, 1]] = seeds[:, i]
             (g,) = torch.autograd.grad(
                 output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
@@ -223,9 +223,9 @@ class Dense:
         height, width = leaf.shape[-2:]
         return {
             "pixels": pixels.flatten(0, 1),
-            "boxes": torch.tensor([0, 0, height, width], device=job.device).repeat(n * u, 1),
+            "boxes": numbers((0, 0, height, width), job.device).repeat(n * u, 1),
             "activations": reported.reshape(-1).clone(),
-            "positions": positions.reshape(-1, 2).to(job.device),
+            "positions": positions.reshape(-1, 2),
             "images": (rows + begin).repeat_interleave(u),
-            "units": ids.to(job.device).repeat(n),
+            "units": job.here(ids).repeat(n),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,13 @@ from zfcore.network import Window
 from zfcore.ops.conv_strongest import conv_strongest
 from zfcore.ops.strongest import strongest
 
-SCRATCH_BYTES = 128 * 2**20  # what batch_size=None lets the signals of one batch of seeds take
+# What batch_size=None lets the signals of one batch of seeds take. A GPU holds more, and each batch is some tens of
+# launches, whatever is in it.
+SCRATCH_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+
+
+def scratch_bytes(device: torch.device) -> int:
+    return SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cpu"])
 
 
 class Job:
@@ -38,22 +46,23 @@ class Job:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The seeds of images [begin, begin + n).
 
-        Returns positions [n, U, 2] (on the CPU), values [n, U], and the activations that they report [n, U].
+        Returns positions [n, U, 2], values [n, U], and the activations that they report [n, U].
 
         maps: [n, C, H, W], the layer's. units: those of the job's, by place, None for all.
         """
         n, _, h, w = maps.shape
-        ids = (self.units if units is None else self.units[units.start : units.stop]).to(self.device)
+        own = self.units if units is None else self.units[units.start : units.stop]
+        ids = self.here(own)
         if isinstance(self.positions, Tensor):
             positions = self.positions[begin : begin + n]
             positions = positions if units is None else positions[:, units.start : units.stop]
         elif self.positions == "all":
             totals = maps[:, ids].flatten(2).sum(-1)
-            return torch.full((n, len(ids), 2), -1, device="cpu"), totals, totals
+            return torch.full((n, len(ids), 2), -1, device=self.device), totals, totals
         else:
-            positions = _rows_and_columns(strongest(maps, ids), w)
-        at = positions.to(self.device)
-        values = maps[torch.arange(n, device=self.device)[:, None], ids, at[..., 0], at[..., 1]]
+            positions = _rows_and_columns(strongest(maps, own), w)
+        positions = self.here(positions)
+        values = maps[torch.arange(n, device=self.device)[:, None], ids, positions[..., 0], positions[..., 1]]
         return positions, self.seeds(values), values
 
     def locate_in_conv(
@@ -62,6 +71,10 @@ class Job:
         """As `locate` with positions="max", in the maps of a convolution of the images, which are not made."""
         index, values = conv_strongest(images, weight, bias, self.units, window, self.map_size)
         return _rows_and_columns(index, self.map_size[1]), self.seeds(values), values
+
+    def here(self, indices: Tensor) -> Tensor:
+        """Where the images are; a copy from plain memory to a GPU is not waited for."""
+        return indices.to(self.device, non_blocking=True)
 
     def seeds(self, values: Tensor) -> Tensor:
         return torch.ones_like(values) if self.seed == "one" else values
@@ -72,8 +85,13 @@ class Job:
 
 
 def _rows_and_columns(index: Tensor, width: int) -> Tensor:
-    index = index.cpu()
     return torch.stack((index // width, index % width), -1)
+
+
+@functools.lru_cache(maxsize=4096)
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64, kept and so never to be written to: made anew, each would be a copy that a GPU has to be waited for."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def times(signal: Tensor, slope: Tensor) -> Tensor:

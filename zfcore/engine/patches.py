@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcore.engine.job import SCRATCH_BYTES, Job, times
+from zfcore.engine.job import Job, numbers, scratch_bytes, times
 from zfcore.network import Field, Network, Stage, scale_of
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
 from zfcore.ops.deconv_step import deconv_step
@@ -31,25 +31,15 @@ class _Seeds:
     """A batch of seeds: image (within the image batch), unit, position and value of each."""
 
     def __init__(self, image: Tensor, unit: Tensor, position: Tensor, value: Tensor):
-        self.image, self.unit, self.value = image, unit, value
-        self.position_cpu = position
-        self.position = position.to(value.device)
+        self.image, self.unit, self.position, self.value = image, unit, position, value
 
     def __len__(self) -> int:
         return len(self.value)
 
     def origin(self, field: Field) -> Tensor:
         """Where each seed's patch begins, [B, 2], in the map that `field` is about."""
-        return self._affine(self.position, field)
-
-    def origin_range(self, field: Field) -> tuple[list[int], list[int]]:
-        origin = self._affine(self.position_cpu, field)
-        return origin.amin(0).tolist(), origin.amax(0).tolist()
-
-    @staticmethod
-    def _affine(position: Tensor, field: Field) -> Tensor:
-        jump = torch.tensor(field.jump, device=position.device)
-        return position * jump + torch.tensor(field.offset, device=position.device)
+        device = self.position.device
+        return self.position * numbers(field.jump, device) + numbers(field.offset, device)
 
 
 class _Buffers:
@@ -248,7 +238,7 @@ class Engine:
                 stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
             )
         sizes.append(torch.Size(self.picture_shape).numel())
-        return max(1, min(4096, SCRATCH_BYTES // (3 * max(sizes) * item)))
+        return max(1, min(4096, scratch_bytes(self.job.device) // (3 * max(sizes) * item)))
 
     def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         job = self.job
@@ -264,7 +254,7 @@ class Engine:
             positions, seeds, reported = job.locate(activations, begin)
         n, u = reported.shape
         image = torch.arange(n, device=job.device).repeat_interleave(u)
-        unit = job.units.to(job.device).repeat(n)
+        unit = job.here(job.units).repeat(n)
         position, value = positions.reshape(-1, 2), seeds.reshape(-1)
         step = self.seeds_at_once()
         for first in range(0, n * u, step):
@@ -282,7 +272,7 @@ class Engine:
                 "pixels": own,
                 "boxes": self.boxes(batch),
                 "activations": reported.reshape(-1)[part].clone(),
-                "positions": position[part].to(job.device),
+                "positions": position[part],
                 "images": batch.image + begin,
                 "units": batch.unit,
             }
@@ -291,9 +281,9 @@ class Engine:
         field = self.seen[self.network.stages[0]]
         height, width = self.job.images.shape[-2:]
         if field is None:
-            return torch.tensor([0, 0, height, width], device=self.job.device).repeat(len(seeds), 1)
+            return numbers((0, 0, height, width), self.job.device).repeat(len(seeds), 1)
         start = seeds.origin(field)
-        return torch.cat((start, start + torch.tensor(field.size, device=start.device)), 1)
+        return torch.cat((start, start + numbers(field.size, start.device)), 1)
 
     def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None, pixels: Tensor) -> None:
         """Fills pixels [B, C, H, W], or [B, C, h, w] with crop=True, of the seeds."""
@@ -335,12 +325,13 @@ class Engine:
     def clip(self, stage: Stage, signal: Tensor, seeds: _Seeds) -> Tensor:
         """Drops what a patch brought to places outside its map, which are no units of the layer."""
         field = self.patch[stage]
-        low, high = seeds.origin_range(field)
-        height, width = stage.shape[-2:]
-        h, w = field.size
-        if low[0] >= 0 and low[1] >= 0 and high[0] + h <= height and high[1] + w <= width:
-            return signal
-        return signal.masked_fill(~inside(seeds.origin(field), field.size, (height, width)), 0)
+        origin, (height, width) = seeds.origin(field), stage.shape[-2:]
+        if origin.device.type == "cpu":  # elsewhere the least and the largest would have to be waited for
+            low, high = origin.amin(0).tolist(), origin.amax(0).tolist()
+            h, w = field.size
+            if low[0] >= 0 and low[1] >= 0 and high[0] + h <= height and high[1] + w <= width:
+                return signal
+        return signal.masked_fill(~inside(origin, field.size, (height, width)), 0)
 
     @staticmethod
     def whole(stage: Stage, signal: Tensor, field: Field, seeds: _Seeds) -> Tensor:

@@ -29,7 +29,7 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 
     Args:
         maps: [N, C, H, W] float, any layout, none of H and W 0.
-        units: [U] int64, each under C.
+        units: [U] int64, each under C; on the CPU, so that a GPU is not waited for to check them, or where maps are.
 
     Returns:
         [N, U] int64, y * W + x: NaN is passed over, the first of equals is taken, and 0 where all are NaN.
@@ -45,4 +45,4 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
     if len(units) and not 0 <= int(units.min()) <= int(units.max()) < maps.size(1):
         raise UnitNotFound(f"units: {units.tolist()}: expected 0 to {maps.size(1) - 1}")
-    return _run(maps, units)
+    return _run(maps, units.to(maps.device, non_blocking=True))
