@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -33,6 +33,13 @@ class Sample:
             cast(self.signal), cast(self.weight), self.step, self.image, self.origin, self.switches,
             self.passes, cast(self.scale), self.frame, **options,
         )  # fmt: skip
+
+    def to(self, device: str) -> Sample:
+        def moved(x):
+            return x.to(device) if isinstance(x, torch.Tensor) else x
+
+        frame = self.frame and (self.frame[0].to(device), self.frame[1])
+        return Sample(**{f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "frame"}, frame=frame)
 
     def part(self, some: slice) -> Sample:
         """Of some patches."""

@@ -95,7 +95,7 @@ def poison():
 
 def test_every_byte_of_a_result_is_written(backend, poison):
     """Results do not depend on what their memory held, and no op is refused as not deterministic."""
-    for sample in samples:
+    for number, sample in enumerate(samples):
         if sample.values == "special":
             continue
         x, y, weight = (t.to(backend.device) for t in (sample.x(), sample.y(), sample.weight()))
@@ -104,15 +104,16 @@ def test_every_byte_of_a_result_is_written(backend, poison):
         z_switches = sample.switches(sample.smallest).to(backend.device)
         pooled, found = ops.max_pool2d_with_switches(x, *sample.pool)
         assert (found < sample.kernel[0] * sample.kernel[1]).all(), sample
-        for result in (
+        results = [
             pooled,
             ops.unpool2d(y, switches, *sample.window, output_size=size, overlap=sample.overlap),
             ops.unpool_relu2d(y, switches, *sample.window, output_size=size, overlap=sample.overlap),
             ops.pool_gather2d(x, switches, *sample.window, overlap=sample.overlap),
-            ops.unpool_relu_conv_transpose2d(
-                y, z_switches, weight, pool=sample.pool, conv=sample.conv, overlap=sample.overlap
-            ),
-        ):
+        ]
+        if backend.name != "cuda" or number % 8 == 0:  # each window is a kernel there, which is compiled first
+            fused = {"pool": sample.pool, "conv": sample.conv, "overlap": sample.overlap}
+            results.append(ops.unpool_relu_conv_transpose2d(y, z_switches, weight, **fused))
+        for result in results:
             assert not result.isnan().any(), sample
 
 
@@ -127,5 +128,5 @@ def test_the_batch_does_not_matter(backend):
     for number in range(5):
         alone = all_ops(x[number : number + 1], weight, window, {}, "sum")
         assert same_bits([r[number : number + 1] for r in batch[:-1]], alone[:-1])
-        if backend.name == "cpu":  # elsewhere the convolution is torch's
+        if backend.name != "reference":  # whose convolution is torch's
             assert same_bits([batch[-1][number : number + 1]], alone[-1:])

@@ -129,6 +129,30 @@ def networks_layers():
             close(sample.run(), expected(sample), torch.float32)
 
 
+def the_fused_op():
+    """unpool_relu_conv_transpose2d, whose unpooled maps are whole: layouts, dtypes, groups and its gradient."""
+    conv = {"stride": 2, "padding": (2, 1), "groups": 2, "output_padding": 1}
+    pool = (3, 2, 1)
+    for dtype, layout, overlap in (
+        (torch.float32, torch.channels_last, "sum"),
+        (torch.float32, torch.contiguous_format, "last"),
+        (torch.bfloat16, torch.contiguous_format, "sum"),
+    ):
+        y, switches = ops.max_pool2d_with_switches(torch.randn(2, 8, 9, 11), *pool)
+        y, weight = y.to(dtype).contiguous(memory_format=layout), torch.randn(8, 20, 5, 4).to(dtype)
+        count = len(calls)
+        z = ops.unpool_relu_conv_transpose2d(y, switches, weight, pool=pool, conv=conv, overlap=overlap)
+        assert len(calls) == count + 1
+        wide = y.double(), switches, weight.double()
+        with use_backend("reference"):
+            want = ops.unpool_relu_conv_transpose2d(*wide, pool=pool, conv=conv, overlap=overlap)
+        close(z, want, dtype)
+        assert z.is_contiguous(memory_format=layout)
+    y, weight = y.float().requires_grad_(), weight.float().requires_grad_()
+    ops.unpool_relu_conv_transpose2d(y, switches, weight, pool=pool, conv=conv).sum().backward()
+    assert y.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+
+
 def projections():
     """A small network's projections: the engine's, with Triton's step, and the CPU's."""
     torch.manual_seed(0)
@@ -155,7 +179,7 @@ def projections():
         assert error <= 1e-5 * theirs.pixels.abs().max(), (options, error)
 
 
-CHECKS = {check.__name__: check for check in (drawn_steps, more_drawn_steps, edges, networks_layers, projections)}
+CHECKS = {check.__name__: check for check in (drawn_steps, more_drawn_steps, edges, networks_layers, the_fused_op, projections)}
 
 if __name__ == "__main__":
     CHECKS[sys.argv[1]]()

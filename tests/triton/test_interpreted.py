@@ -9,7 +9,7 @@ CHECKS = {
         "drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others",
         "engine",
     ),
-    "interpreted_steps.py": ("drawn_steps", "more_drawn_steps", "edges", "networks_layers", "projections"),
+    "interpreted_steps.py": ("drawn_steps", "more_drawn_steps", "edges", "networks_layers", "the_fused_op", "projections"),
 }  # fmt: skip
 EVERY = [(script, name) for script, names in CHECKS.items() for name in names]
 

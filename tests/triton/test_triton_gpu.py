@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from zfcore import backends, occlusion_map, reference
+from zfcore import backends, deconv_project, iter_projections, occlusion_map, ops, reference, use_backend
 from zfcore.engine.sweep import Sweep
 from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
-from zfcore.reference._params import ConvChange, Limits, Lrn, Places
+from zfcore.reference._params import ConvChange, Limits, Lrn, Places, StepParams
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+from steps import Sample, close  # noqa: E402
 
 WHY = "" if torch.cuda.is_available() else "torch finds no usable CUDA device"
 WHY = WHY or backends()["triton"].reason
@@ -155,6 +161,42 @@ def pointwise(name: str) -> Call:
     return Call(lambda: relu_delta(delta, x, Limits(0.1), own), [delta, x])
 
 
+STEPS = {
+    "wide": (((3, 3), (2, 2), (1, 1), (1, 1)), ((5, 5), (2, 2), (0, 0), (1, 1)), 256, 96),
+    "no pool": (None, ((3, 3), (1, 1), (1, 1), (1, 1)), 384, 256),
+    "one after the other": (((3, 3), (1, 1), (1, 1), (1, 1)), ((1, 1), (1, 1), (0, 0), (1, 1)), 64, 48),
+    "odd": (((2, 2), (2, 2), (0, 0), (1, 1)), ((3, 2), (1, 2), (1, 0), (2, 1)), 33, 7),
+}
+
+
+def drawn_step(name: str, dtype=torch.float32, overlap="sum", batch=40) -> Sample:
+    """On the CPU: patches that reach over the edges of their maps."""
+    pool, conv, units, channels = STEPS[name]
+    generator = torch.Generator().manual_seed(8)
+    maps, switches = torch.randn(3, units, 15, 17, generator=generator).round(), None
+    own = maps.shape[2:]
+    if pool is not None:
+        values, switches = ops.max_pool2d_with_switches(maps, *pool)
+        own = values.shape[2:]
+    below = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip((15, 17), *conv))
+    return Sample(
+        torch.randn(batch, units, 5, 4, generator=generator).to(dtype),
+        torch.randn(units, channels, *conv[0], generator=generator).to(dtype),
+        StepParams(pool, conv, 1, (15, 17), below, False, True, overlap),
+        torch.randint(0, 3, (batch,), generator=generator),
+        torch.stack([torch.randint(-2, n - 1, (batch,), generator=generator) for n in own], 1),
+        switches,
+        torch.rand(3, units, 15, 17, generator=generator) < 0.7,
+        None,
+        None,
+    )
+
+
+def step(name: str) -> Call:
+    sample = drawn_step(name).to("cuda")
+    return Call(sample.run, [sample.signal, sample.weight])
+
+
 FULL = (256, 300, 1, ((6, 6), (1, 1), (0, 0), (1, 1)))
 CALLS = {
     **{f"conv_delta {precision}": lambda p=precision: product(GEOMETRIES[0], p) for precision in ("exact", "tf32", "bf16")},
@@ -162,6 +204,7 @@ CALLS = {
     "conv_delta depthwise": lambda: product(GEOMETRIES[4]),
     "conv_delta full": lambda: product(FULL, size=(6, 6), patch=(6, 6)),
     **{name: lambda name=name: pointwise(name) for name in ("pool_delta", "lrn_delta", "relu_delta")},
+    **{f"deconv_step {name}": lambda name=name: step(name) for name in STEPS},
 }
 
 
@@ -217,6 +260,49 @@ def test_on_a_stream_that_is_late(call):
             got = call.run()
         side.synchronize()
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("overlap", ["sum", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_deconv_step(name, dtype, overlap):
+    sample = drawn_step(name, dtype, overlap, batch=40 if dtype != torch.float64 else 4)
+    expected = sample.run(reference.deconv_step, torch.float64)
+    close(sample.to("cuda").run().cpu(), expected, dtype)
+
+
+def test_zeros_of_a_step_leave_filters_out():
+    sample = drawn_step("wide", batch=4)
+    sample.weight[3, 5, 1, 1], sample.weight[7, 2, 0, 0] = torch.inf, torch.nan
+    close(sample.to("cuda").run().cpu(), sample.run(reference.deconv_step, torch.float64), torch.float32)
+
+
+@pytest.mark.parametrize("options", [{"crop": True}, {"rule": "guided", "overlap": "last"}, {"positions": "all"}], ids=str)
+def test_projections(options):
+    """The engine on the GPU, and the reference's in float64; on the way down nothing waits."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 7, 2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(3, 2, 1),
+        torch.nn.Conv2d(32, 48, 5, 2),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(3, 2, 1),
+        torch.nn.Conv2d(48, 64, 3, padding=1),
+    ).eval()
+    images = torch.randn(2, 3, 80, 80)
+    with use_backend("reference"):
+        expected = deconv_project(model.double(), images.double(), "6", list(range(8)), **options)
+    model, images, parts = model.float().cuda(), images.cuda(), []
+    try:
+        for part in iter_projections(model, images, "6", list(range(8)), batch_size=4, **options):
+            torch.cuda.set_sync_debug_mode("default")
+            parts.append(part.pixels.cpu())
+            torch.cuda.set_sync_debug_mode("error")  # after the first batch, which reads the network and goes up
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    got = torch.cat(parts).double().reshape(expected.pixels.shape)
+    assert len(parts) == 4 and (got - expected.pixels).abs().max() <= 1e-5 * expected.pixels.abs().max()
 
 
 def test_pool_delta():

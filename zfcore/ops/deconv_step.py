@@ -12,6 +12,7 @@ from zfcore.reference._geometry import accumulator
 from zfcore.reference._params import Pair, StepParams
 
 MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
+MOST_APART = 16  # below, that the Triton kernel writes one by one, where channels are not neighbours
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
@@ -117,18 +118,20 @@ def packed_for_triton(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple
 
 
 def _triton(signal, weight, step, image, origin, switches, passes, scale, frame, out):
-    if out is None:
+    result = out
+    if out is None or (out.size(1) > MOST_APART and out.stride(1) != 1):
         shape = _shape(signal, weight, step, frame)
-        out = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+        result = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
     signal, switches, passes = (
         None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (signal, switches, passes)
     )
     packed, finite = packed_for_triton(weight, scale)
     own = image.contiguous(), origin.contiguous()
-    return triton_kernel("deconv_step")(
-        signal, packed, finite, *own, out, step.conv, step.groups, step.map, step.below, step.pool, switches, passes,
+    triton_kernel("deconv_step")(
+        signal, packed, finite, *own, result, step.conv, step.groups, step.map, step.below, step.pool, switches, passes,
         step.rectify, step.overlap == "last", step.whole, None if frame is None else frame[0].contiguous(),
     )  # fmt: skip
+    return result if out is None or out is result else out.copy_(result)
 
 
 # What the CUDA kernel leaves to others.

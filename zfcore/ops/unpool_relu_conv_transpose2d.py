@@ -10,6 +10,7 @@ from zfcore import reference
 from zfcore.errors import DtypeError
 from zfcore.ops import _boundary
 from zfcore.ops._library import library, native, register
+from zfcore.ops.deconv_step import deconv_step
 from zfcore.ops.pool_gather2d import pool_gather2d_op
 from zfcore.ops.unpool_relu2d import unpool_relu2d_op
 from zfcore.reference._geometry import (
@@ -26,6 +27,7 @@ from zfcore.reference._geometry import (
 from zfcore.reference._params import (
     ConvParams,
     PoolParams,
+    StepParams,
     as_conv,
     as_pool,
     conv_params,
@@ -113,6 +115,25 @@ def _cpu(y, switches, weight, *args):
     return z
 
 
+def _gpu(y, switches, weight, *args):
+    """As a step of the deconvnet over whole maps. There a switch that names no place is passed over."""
+    z, _, _ = _prepare(y, switches, weight, *args)
+    kernel, *window = (tuple(pair) for pair in args[POOL])
+    *conv, groups = args[CONV]
+    step = StepParams(
+        pool=(kernel, *window),
+        conv=(tuple(weight.shape[2:]), *map(tuple, conv)),
+        groups=groups,
+        map=tuple(args[UNPOOLED]),
+        below=tuple(args[SIZE]),
+        whole=True,
+        rectify=True,
+        overlap=args[OVERLAP],
+    )
+    each = torch.arange(len(y), device=y.device)
+    return deconv_step(y, weight, step, each, each.new_zeros((len(y), 2)), switches, out=z)
+
+
 def _setup_context(ctx, inputs, output):
     y, switches, weight, *ctx.args = inputs
     ctx.save_for_backward(y, switches, weight)
@@ -146,7 +167,7 @@ def _backward(ctx, grad_z):
 unpool_relu_conv_transpose2d_op = register(
     SCHEMA,
     tensors=3,
-    kernels={"reference": _reference, "cpu": _cpu},
+    kernels={"reference": _reference, "cpu": _cpu, "cuda": _gpu, "triton": _gpu},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -177,7 +198,7 @@ def unpool_relu_conv_transpose2d(
         z_{n,c,Y,X} = \sum_{k,i,j:\ Y = a s_h - p_h + i d_h,\ X = b s_w - p_w + j d_w}
             u_{n,k,a,b}\, w_{k,c,i,j}
 
-    The unpooled map u is never in memory on the native backend. Products with an exact zero of u are left
+    The unpooled map u is never in memory but on the reference. Products with an exact zero of u are left
     out, so that 0 x inf and 0 x NaN of the weight give 0; ``strict_nan=True`` runs torch's dense transposed
     convolution, which gives NaN there.
 
@@ -203,7 +224,7 @@ def unpool_relu_conv_transpose2d(
         ShapeError: the shapes of y, switches, weight and output_size do not belong together.
         DtypeError: a tensor's dtype or an argument's type is wrong.
         DeviceError: the tensors are on different devices.
-        SwitchError: a switch names no tap, or a place outside the unpooled map.
+        SwitchError: a switch names no tap, or a place outside the unpooled map (on a GPU it is passed over).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1 (unpooling, rectification, filtering).
     """
