@@ -1,4 +1,4 @@
-"""What the engine of `occlusion_map` asks of its ops for one batch of positions, so that it can be asked again."""
+"""What the engines ask of their ops for one batch of positions, or of projections, so that it can be asked again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 import zfcore
 import zfcore.engine.sweep as engine
 from torch import Tensor, nn
+from zfcore.engine import patches
 from zfcore.engine.sweep import Sweep
 from zfcore.ops.conv_delta import conv_delta
+from zfcore.ops.deconv_step import deconv_step
 
 
 class Ready(NamedTuple):
@@ -130,3 +132,18 @@ def middle(found: Ready, rows: int, columns: int) -> Tensor:
     top, left = (height - rows) // 2, (width - columns) // 2
     every = torch.arange(height * width, device=found.images.device).view(height, width)
     return every[top : top + rows, left : left + columns].reshape(-1)
+
+
+def of_projections(model: nn.Module, images: Tensor, layer: str, units: int) -> list[Call]:
+    """The calls of ``deconv_step`` that the first batch of projections of so many units asks for, cropped."""
+    calls: list[Call] = []
+
+    def recorded(signal, weight, step, *arguments):
+        kept = signal.clone(memory_format=torch.preserve_format)
+        deconv_step(signal, weight, step, *arguments)
+        name = f"{layer}: {weight.size(0)} to {weight.size(1)} from {' x '.join(map(str, signal.shape[2:]))}"
+        calls.append(Call(deconv_step, name, (kept, weight, step, *arguments[:-1], torch.empty_like(arguments[-1]))))
+
+    with mock.patch.object(patches, "deconv_step", recorded):
+        next(zfcore.iter_projections(model, images, layer, range(units), crop=True))
+    return calls

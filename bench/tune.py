@@ -35,17 +35,18 @@ MAX_ERROR = 1e-4  # between configurations, which sum in other orders; relative 
 
 
 class Network(NamedTuple):
-    """Of which network, and at which boxes; part: rows and columns of the grid that make a batch."""
+    """Of which network, and at which boxes; part: rows and columns of the grid that make a batch. layer: to project."""
 
     model: Callable[[], torch.nn.Module]
     box: int
     stride: int
     part: tuple[int, int]
+    layer: str
 
 
 NETWORKS = {
-    "zfnet": Network(ZFNet, 32, 4, (32, 32)),
-    "vgg16": Network(networks.vgg16_classifier, 32, 16, (10, 12)),
+    "zfnet": Network(ZFNet, 32, 4, (32, 32), "conv5"),
+    "vgg16": Network(networks.vgg16_classifier, 32, 16, (10, 12), networks.CONV5_3),
 }
 
 
@@ -58,7 +59,16 @@ def occlusion_calls(network: Network, precision: str) -> list[calls.Call]:
     return calls.of_batch(found, calls.middle(found, *network.part))
 
 
-KERNELS = {"conv_delta": occlusion_calls}
+def projection_calls(network: Network, precision: str) -> list[calls.Call]:
+    """Projections are exact."""
+    if precision != "exact":
+        return []
+    torch.manual_seed(0)
+    model = network.model().eval().to(device.device())
+    return calls.of_projections(model, torch.randn(2, 3, 224, 224).to(device.device()), network.layer, 256)
+
+
+KERNELS = {"conv_delta": occlusion_calls, "deconv_step": projection_calls}
 
 
 def table_for(module: ModuleType, asked: dict) -> tuple:

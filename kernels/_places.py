@@ -59,8 +59,8 @@ def check(**tensors: torch.Tensor) -> None:
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of images, rows and columns."""
-    return x.stride(0), x.stride(2), x.stride(3)
+    """Of images, rows and columns; 0 where there is one, whose stride may be anything."""
+    return tuple(x.stride(axis) if x.size(axis) > 1 else 0 for axis in (0, 2, 3))
 
 
 def capability_of(device: torch.device) -> int:

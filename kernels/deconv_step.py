@@ -168,9 +168,9 @@ def deconv_step_kernel(
     passes_y,
     passes_x,
     out_b,
-    out_c,
     out_y,
     out_x,
+    out_c,
     POOL_Y: tl.constexpr,  # taps, stride and dilation of the pool's columns, and of its rows; None without a pool
     POOL_X: tl.constexpr,
     AT_ONCE: tl.constexpr,  # windows over a place that are read together; more are read one after the other
@@ -401,7 +401,8 @@ def deconv_step(
                     *strides(signal),
                     *strides(s),
                     *strides(p),
-                    *out.stride(),
+                    *strides(out),
+                    out.stride(1),
                     POOL_Y=None if pool is None else tuple(pair[0] for pair in (pool[0], pool[1], pool[3])),
                     POOL_X=None if pool is None else tuple(pair[1] for pair in (pool[0], pool[1], pool[3])),
                     AT_ONCE=1 if thin else 4,

@@ -237,7 +237,16 @@ with use_backend("triton"):
     product = calls.Call(conv_delta, "conv3", (delta, filters, ConvChange(window, 1, (9, 9), (9, 9)), places, y))
     pool = calls.Call(pool_delta, "pool1", (delta, x, x, window, places))
     found = tune.tuned(module, product)
-    print(json.dumps([found, tune.tuned(module, pool), tune.table_for(module, found["asked"])]))
+    configs = tune.table_for(module, found["asked"])
+    print(json.dumps([found, tune.tuned(module, pool), configs]))
+
+from zfcore.ops import _library
+_library._BY_DEVICE["cpu"] = ("triton", "cpu")
+module = importlib.import_module("zfcore.kernels.deconv_step")
+module.APART = module.APART._replace(BLOCK_M=64)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)).eval()
+steps = calls.of_projections(model, torch.randn(1, 3, 9, 9), "2", 2)
+print(json.dumps([tune.tuned(module, step) for step in steps]))
 """
 
 
@@ -248,7 +257,11 @@ def test_tuning_times_every_configuration_and_names_the_rules():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", TUNE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    product, pool, configs = json.loads(run.stdout)
+    first, second = run.stdout.splitlines()
+    product, pool, configs = json.loads(first)
+    steps = json.loads(second)
+    assert [step["layer"] for step in steps] == ["2: 16 to 16 from 1 x 1", "2: 16 to 3 from 3 x 3"]
+    assert [len(step["milliseconds"]) for step in steps] == [3, 1]  # few channels have a tile of their own
     assert pool is None  # which launches another kernel
     assert product["layer"] == "conv3"
     assert product["asked"].items() >= {"precision": "ieee", "filters": 40, "rows": 75}.items()
