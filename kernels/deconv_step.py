@@ -34,7 +34,7 @@ from ._places import INTERPRETED, LARGEST, PLAIN, Config, capability_of, of_arch
 # copies of a pipeline would take the registers of the sums. With 64 rows Triton 3.7 gives exact float32 products of
 # what is worked out beforehand to the tensor cores of 100, rounded to TF32; with 32 it does not.
 _ROWS = {
-    "ieee": (Config(128, 16, 16, 8, 1), Config(128, 32, 16, 8, 1), Config(128, 64, 16, 8, 1)),
+    "ieee": (Config(128, 16, 16, 8, 1), Config(128, 32, 16, 8, 1), Config(64, 64, 16, 8, 1), Config(64, 128, 16, 8, 1)),
     "bf16": (Config(64, 32, 32, 8, 1), Config(64, 64, 32, 8, 1), Config(64, 128, 32, 8, 1)),
 }
 _FEW_ROWS = {**_ROWS, "ieee": (Config(32, 16, 16, 4, 1), Config(32, 32, 16, 4, 1), Config(32, 64, 16, 4, 1))}
