@@ -10,6 +10,7 @@ import oracle
 import samples
 import torch
 from driver import Output
+from steps import Sample, close
 from zfcore import reference
 from zfcore.ops.deconv_step import packed_for_cuda
 from zfcore.reference._params import Places, StepParams
@@ -106,19 +107,10 @@ def check_paste(driver, pictures, fill, boxes, places, layout):
 
 
 @dataclass(repr=False)
-class Step:
+class Step(Sample):
     """The arguments of a `deconv_step` to few channels, and how its result lies."""
 
     name: str
-    signal: torch.Tensor
-    weight: torch.Tensor
-    step: StepParams
-    image: torch.Tensor
-    origin: torch.Tensor
-    switches: torch.Tensor | None
-    passes: torch.Tensor | None
-    scale: torch.Tensor | None
-    frame: tuple[torch.Tensor, tuple[int, int]] | None
     layout: str
 
     def __repr__(self):
@@ -126,10 +118,10 @@ class Step:
 
     def expected(self):
         """The reference's result in float64."""
-        signal, weight, scale = (None if x is None else x.double() for x in (self.signal, self.weight, self.scale))
-        return reference.deconv_step(
-            signal, weight, self.step, self.image, self.origin, self.switches, self.passes, scale, self.frame
-        )
+        return self.run(reference.deconv_step, torch.float64)
+
+    def assert_close(self, ours, expected):
+        close(ours, expected, self.signal.dtype, STEP_TOLERANCE, self)
 
     def check(self, driver, limit=64 * 1024, expected=None):
         expected = self.expected() if expected is None else expected
@@ -143,7 +135,7 @@ class Step:
                 )
             )  # fmt: skip
             results.append(out.check())
-            assert_close(results[-1], expected, self)
+            self.assert_close(results[-1], expected)
         assert oracle.same(*results), self
         (report,) = reports
         assert report.shared_bytes <= limit
@@ -153,15 +145,6 @@ class Step:
 STEP_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 CONVS = {"7x7/2": ((7, 7), (2, 2)), "3x3/1": ((3, 3), (1, 1))}
 STEP_POOLS = {"3x3/2": ((3, 3), (2, 2)), "2x2/2": ((2, 2), (2, 2)), "none": None}
-
-
-def assert_close(ours, wanted, what):
-    assert torch.equal(ours.isnan(), wanted.isnan()), what
-    finite = wanted.isfinite()
-    assert torch.equal(ours[~finite & ~wanted.isnan()].double(), wanted[~finite & ~wanted.isnan()]), what
-    if finite.any():
-        error = (ours.double() - wanted)[finite].abs().max()
-        assert error <= STEP_TOLERANCE[ours.dtype] * wanted[finite].abs().max().clamp(min=1e-30), (error, what)
 
 
 def drawn_step(seed, conv=None, pool=None, dtype=None, channels=None, special=False, **fixed):
@@ -214,7 +197,6 @@ def drawn_step(seed, conv=None, pool=None, dtype=None, channels=None, special=Fa
         pool, conv, 1, size, below, whole, rng.random() < 0.7, fixed.pop("overlap", rng.choice(samples.OVERLAPS))
     )
     return Step(
-        f"seed {seed}{' of special values' * special}",
         lay_out(signal),
         weight,
         step._replace(**fixed),
@@ -224,7 +206,8 @@ def drawn_step(seed, conv=None, pool=None, dtype=None, channels=None, special=Fa
         lay_out(passes),
         torch.randn(filters, generator=generator).to(dtype) if rng.random() < 0.3 and not special else None,
         frame,
-        rng.choice(["contiguous", "channels_last", "gaps"]),
+        name=f"seed {seed}{' of special values' * special}",
+        layout=rng.choice(["contiguous", "channels_last", "gaps"]),
     )
 
 

@@ -574,9 +574,9 @@ def test_deconv_step_few_threads_idle(driver, name):
         _, switches, _ = oracle.pool(torch.randn((1, 4, *size), generator=generator), *pool, False)
         switches = samples.lay_out(switches, "channels_last")
     step = cases.Step(
-        name, samples.lay_out(signal, "channels_last"), torch.randn((4, 3, *kernel), generator=generator),
+        samples.lay_out(signal, "channels_last"), torch.randn((4, 3, *kernel), generator=generator),
         StepParams(pool, conv, 1, size, below, whole, True, "sum"), torch.zeros(2, dtype=torch.int64),
-        torch.tensor([[0, 0], [3, 5]]) * (not whole), switches, None, None, None, "contiguous",
+        torch.tensor([[0, 0], [3, 5]]) * (not whole), switches, None, None, None, name, "contiguous",
     )  # fmt: skip
     report = step.check(driver, 112 * 1024)
     assert (report.known_kernel, report.way) == (kernel[0], CELLS if pool else STRAIGHT)
@@ -645,9 +645,9 @@ def test_deconv_step_past_32_bit_offsets(driver, huge, rows):
     switches = spread_out(huge, 0, near, (2**31 + 16, 1, 48, 8))
     signal = spread_out(huge, 5 * 2**30, torch.randn(2, 8, 2, 3).to(torch.bfloat16), (2**31 + 24 - rows, 1, rows, 8))
     step = cases.Step(
-        "far apart", signal, torch.randn(8, 3, 7, 7).to(torch.bfloat16),
+        signal, torch.randn(8, 3, 7, 7).to(torch.bfloat16),
         StepParams(pool, conv, 1, (13, 13), (26, 26), False, True, "sum"), torch.tensor([1, 0]),
-        torch.tensor([[0, 1], [2, 3]]), switches, None, None, None, "contiguous",
+        torch.tensor([[0, 1], [2, 3]]), switches, None, None, None, "far apart", "contiguous",
     )  # fmt: skip
     expected = step.expected()
     report = step.check(driver, LIMITS[1], expected)
@@ -655,7 +655,7 @@ def test_deconv_step_past_32_bit_offsets(driver, huge, rows):
     out = spread_out(huge, 10 * 2**30, torch.zeros(expected.shape).to(torch.bfloat16), (2**29, 2**27, 2**20, 1))
     arguments = (step.image, step.origin, switches, None, None, out, LIMITS[1])
     driver.deconv_step(signal, packed_for_cuda(step.weight, None), step.step, *arguments)
-    cases.assert_close(out.clone(), expected, step)
+    step.assert_close(out.clone(), expected)
 
 
 def test_the_op_hands_the_kernel_its_arguments(driver, monkeypatch):
@@ -679,7 +679,7 @@ def test_the_op_hands_the_kernel_its_arguments(driver, monkeypatch):
         out = deconv_step._cuda(step.signal, step.weight, step.step, step.image, step.origin, *arguments, given)
         assert given is None or out is given
         assert out.dtype == step.signal.dtype
-        cases.assert_close(out, expected, step)
+        step.assert_close(out, expected)
 
 
 def test_the_op_hands_wide_results_on(monkeypatch):

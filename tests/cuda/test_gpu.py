@@ -189,11 +189,11 @@ def test_deconv_step_equals_the_reference(dtype, conv):
     for pool, special, seed in itertools.product((*cases.STEP_POOLS, None), (False, True), range(6)):
         step = cases.drawn_step(seed, conv, pool, dtype, special=special)
         expected = step.expected()
-        cases.assert_close(on_gpu(step).cpu(), expected, step)
+        step.assert_close(on_gpu(step).cpu(), expected)
         strides = cases.strides_of(expected.shape, step.layout)
         out = torch.empty_strided(expected.shape, strides, dtype=dtype, device="cuda").fill_(torch.nan)
         assert on_gpu(step, out=out) is out
-        cases.assert_close(out.cpu(), expected, step)
+        step.assert_close(out.cpu(), expected)
 
 
 @pytest.fixture
