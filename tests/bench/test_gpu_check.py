@@ -250,12 +250,12 @@ print(json.dumps([tune.tuned(module, step) for step in steps]))
 """
 
 
-def test_tuning_times_every_configuration_and_names_the_rules():
-    """In Triton's interpreter."""
+def test_tuning_times_every_configuration_and_names_the_rules(tmp_path):
+    """In Triton's interpreter, away from the source tree, whose kernels are no package."""
     pytest.importorskip("triton", reason="triton is not installed")
     path = os.pathsep.join([str(BENCH), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", TUNE], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", TUNE], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.splitlines()
     product, pool, configs = json.loads(first)
