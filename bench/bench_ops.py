@@ -2,7 +2,8 @@
 
 Rows of a group: `pytorch`; `zfcore`, which gives the same answer as that path; `zfcore-sum` where
 overlapping windows can name one place twice: PyTorch's unpooling keeps one of the values (`overlap="last"`),
-zfcore's default adds them; `reference`, zfcore's own definition in plain PyTorch, at the smallest shape.
+zfcore's default adds them; `reference`, zfcore's own definition in plain PyTorch, at the smallest shape; on a GPU
+`zfcore-triton`, pooling's twin of the kernel in CUDA C++.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from device import on_gpu
 from stages import Stage, Tensors
+from twins import TWIN, on_triton
 
 from zfcore import ops, use_backend
 
@@ -58,16 +60,17 @@ def filtered(stage: Stage, t: Tensors, u: torch.Tensor) -> torch.Tensor:
 
 
 def pool_rows(stage, t):
-    return {
-        "pytorch": lambda: F.max_pool2d(t.x, *stage.pool, return_indices=True),
-        "zfcore": lambda: ops.max_pool2d_with_switches(t.x, *stage.pool),
-    }
+    own = functools.partial(ops.max_pool2d_with_switches, t.x, *stage.pool)
+    rows = {"pytorch": lambda: F.max_pool2d(t.x, *stage.pool, return_indices=True), "zfcore": own}
+    return {**rows, TWIN: on_triton(own)} if on_gpu() else rows
 
 
 def check_pool(outputs, stage, t):
-    (y, switches), (expected, indices) = outputs["zfcore"], outputs["pytorch"]
-    same(y, expected)
-    same(stages.switch_indices(stage, switches), indices)
+    expected, indices = outputs["pytorch"]
+    for row in outputs.keys() - {"pytorch"}:
+        y, switches = outputs[row]
+        same(y, expected)
+        same(stages.switch_indices(stage, switches), indices)
 
 
 def unpool_relu_rows(stage, t):
@@ -166,6 +169,8 @@ def row_names(case: Case) -> list[str]:
     names = ["pytorch", "zfcore"]
     if case.op in ("unpool_relu2d", "unpool_relu_conv_transpose2d"):
         names.append("zfcore-sum")
+    if case.op == "max_pool2d_with_switches" and on_gpu():
+        names.append(TWIN)
     if case.stage is REFERENCE_STAGE:
         names.append("reference")
     return names

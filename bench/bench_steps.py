@@ -3,6 +3,7 @@
 The way from conv5's seeds goes by patches of 3, 5, 7 (pool2: 15), 33 (pool1: 67) and 139 pixels a side. PyTorch gets
 patches that are cut already; half of what comes down is negative, as it is in a network. "full" is the case where
 skipping zeros gains nothing, because there are none: it shows that no step needs a dense kernel beside the sparse one.
+On a GPU the step down to the picture, whose kernel is in CUDA C++, has its Triton twin beside it, `zfcore-triton`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from device import device, on_gpu
 from stages import Work
+from twins import TWIN, on_triton
 from zfcore.ops import max_pool2d_with_switches
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
@@ -22,7 +24,6 @@ from zfcore.reference.deconv_step import cut
 
 SEEDS = 1024 if on_gpu() else 64
 MAX_ERROR = 1e-4 if on_gpu() else 1e-5  # relative to the largest magnitude; a GPU's other side transforms its inputs
-ROWS = ("pytorch", "zfcore")
 
 
 class Step(NamedTuple):
@@ -47,7 +48,9 @@ STEPS = {
     "conv2": Step(256, 7, 26, True, 96, 5, 2, 0, 55),
     "conv1": Step(96, 33, 110, True, 3, 7, 2, 1, 224),
 }
+PICTURE = "conv1"
 GROUPS = [f"deconv_step {name} nchw" for name in STEPS]
+CASES = [(name, row) for name in STEPS for row in ("pytorch", "zfcore", TWIN) if row != TWIN or (on_gpu() and name == PICTURE)]
 POOL = ((3, 3), (2, 2), (1, 1), (1, 1))
 
 
@@ -104,23 +107,25 @@ def work(name: str) -> Work:
     return Work(moved, 2 * int((u > 0).sum()) * taps, 2 * u.numel() * taps)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("name", "row"), CASES)
 def test_step(name, row, groups, benchmark):
     t = tensors(name)
 
     def check(outputs):
-        ours, theirs = outputs["zfcore"], outputs["pytorch"]
+        theirs = outputs["pytorch"]
         below, first = STEPS[name].below, int(t.origin[0, 0])
         if t.own is not None:
             first = 2 * first - 1
         first = first * STEPS[name].stride - STEPS[name].padding
-        inside = torch.arange(first, first + ours.size(2), device=ours.device) < below
+        inside = torch.arange(first, first + theirs.size(2), device=theirs.device) < below
         theirs = theirs * inside * inside[:, None]
-        assert (ours - theirs).abs().max() <= MAX_ERROR * theirs.abs().max()
+        for way in outputs.keys() - {"pytorch"}:
+            assert (outputs[way] - theirs).abs().max() <= MAX_ERROR * theirs.abs().max(), way
 
     rows = {
         "pytorch": lambda: F.conv_transpose2d(F.relu(unpooled(t)), t.weight, None, t.params.conv[1]),
         "zfcore": lambda: deconv_step(*t[:6]),
     }
+    if (name, TWIN) in CASES:
+        rows[TWIN] = on_triton(rows["zfcore"])
     groups.row(benchmark, f"deconv_step {name} nchw", row, rows, check, lambda: work(name))

@@ -43,6 +43,7 @@ CONFIGS = {80: _ROWS, 90: _ROWS, 100: _FEW_ROWS, 120: _ROWS}
 # its own then, with its address in registers, and the windows over a place are read one after the other.
 THIN = {"ieee": Config(32, 32, 16, 8, 1), "bf16": Config(64, 32, 16, 8, 1)}
 APART = Config(16, 16, 16, 8, 1)  # where zeros are left out
+FEW_PROGRAMS = 1024  # of such a launch, nearly always of no use: each looks at the flag, and takes tiles while there are any
 # Registers a thread: with no bound the compiler spills some to make room for one more block.
 MOST_REGISTERS = 255
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
@@ -183,6 +184,7 @@ def deconv_step_kernel(
     TYPE: tl.constexpr,  # of the sums
     TILED: tl.constexpr,  # tiles of units are multiplied, zeros and all; else one unit at a time, and no zeros
     CHOSEN: tl.constexpr,  # by whether the filters are finite: tiled then
+    SPLIT: tl.constexpr,  # u has more bits than its storage: multiplied as two parts
     UPCAST: tl.constexpr,  # in the interpreter, whose products of bf16 are wrong
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -191,95 +193,101 @@ def deconv_step_kernel(
 ):
     rest_y, rest_x = tl.program_id(1) // stride_x, tl.program_id(1) % stride_x
     group = tl.program_id(2)
-    tiles_n = tl.cdiv(group_channels, BLOCK_N)
-    tile = tl.program_id(0)  # the channels of one tile of rows one after the other, while its patches are at hand
-    m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # the launcher sees to it that it fits
-    n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = m < rows
-    is_channel = n < group_channels
-    m = tl.minimum(m, rows - 1)
-    b = (m // (tall * wide)).to(tl.int64)
-    i, j = (m // wide) % tall, m % wide
-    which = tl.zeros((BLOCK_M,), dtype=tl.int64)
-    known = is_row
-    if POOL_Y is not None or PASSES:
-        which = tl.load(image + b)
-        known = known & (which >= 0) & (which < images)
-        which = tl.where(known, which, 0)
-    # What lies too far off to reach its map is drawn nearer, so that 32 bits hold all places.
-    top = tl.minimum(tl.maximum(tl.load(origin + 2 * b), -far), far).to(tl.int32)
-    left = tl.minimum(tl.maximum(tl.load(origin + 2 * b + 1), -far), far).to(tl.int32)
-
-    # Rows and columns are counted from the corner of the padded map below, where the convolution's first window
-    # begins: `start` is the result's first. Those of one rest begin in the stride that it lies in, at place `first` of u.
-    if WHOLE:
-        start_y = tl.zeros((BLOCK_M,), dtype=tl.int32) + padding_y
-        start_x = tl.zeros((BLOCK_M,), dtype=tl.int32) + padding_x
-        if FRAMED:
-            start_y += tl.minimum(tl.maximum(tl.load(frame + 2 * b), -far), far).to(tl.int32)
-            start_x += tl.minimum(tl.maximum(tl.load(frame + 2 * b + 1), -far), far).to(tl.int32)
-        over_y, over_x = (start_y % stride_y + stride_y) % stride_y, (start_x % stride_x + stride_x) % stride_x
-        first_y, first_x = (start_y - over_y) // stride_y + i, (start_x - over_x) // stride_x + j
-        py, px = i * stride_y + rest_y - over_y, j * stride_x + rest_x - over_x  # in the result
-    else:
-        first_y, first_x = top, left
-        if POOL_Y is not None:
-            first_y, first_x = top * POOL_Y[1] - pool_padding_y, left * POOL_X[1] - pool_padding_x
-        start_y, start_x = first_y * stride_y, first_x * stride_x
-        first_y, first_x = first_y + i, first_x + j
-        py, px = i * stride_y + rest_y, j * stride_x + rest_x
-    is_row = is_row & (py >= 0) & (py < size_y) & (px >= 0) & (px < size_x)
-    below = (start_y + py >= padding_y) & (start_y + py < padding_y + below_y)
-    below = below & (start_x + px >= padding_x) & (start_x + px < padding_x + below_x)
-    known = known & is_row & below
-
-    patches = (signal + b * signal_b, top, left, height, width, signal_y, signal_x)
-    maps = (
-        switches + which * switches_n, pooled_y, pooled_x, switches_y, switches_x, pool_padding_y, pool_padding_x,
-    )  # fmt: skip
-    open = (passes + which * passes_n, passes_y, passes_x)
     unit = group * group_units
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=TYPE)
-    own = filters + n
-    # One of two launches does the work: the flag is not waited for.
-    taps = taps_y * taps_x
-    if CHOSEN:
-        mine = (tl.load(finite) != 0) == TILED
-        taps = tl.where(mine, taps, 0)
-        is_row = is_row & mine
-    for tap in range(0, taps):
-        shift_y = rest_y - (tap // taps_x) * dilation_y
-        shift_x = rest_x - (tap % taps_x) * dilation_x
-        if (shift_y % stride_y == 0) & (shift_x % stride_x == 0):
-            y, x = first_y + shift_y // stride_y, first_x + shift_x // stride_x
-            there = known & (y >= 0) & (y < map_y) & (x >= 0) & (x < map_x)
-            own_tap = own + (tap * units + unit) * group_channels
-            for k0 in range(0, group_units, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                is_unit = k < group_units
-                u = _unpooled(
-                    patches, maps, open, (y, x, there), unit + k, is_unit,
-                    POOL_Y, POOL_X, AT_ONCE, TYPE, LAST, RECTIFY, PASSES,
-                )  # fmt: skip
-                at = own_tap[None, :] + k[:, None] * group_channels
-                f = tl.load(at, mask=is_unit[:, None] & is_channel[None, :], other=0.0)
-                if TILED:
-                    if UPCAST:
-                        f = f.to(tl.float32)
-                    total = tl.dot(u.to(f.dtype), f, total, input_precision=PRECISION)
-                else:
-                    products = u[:, :, None] * f.to(TYPE)[None, :, :]
-                    total += tl.sum(tl.where(u[:, :, None] == 0, 0.0, products), 1)
+    tiles_n = tl.cdiv(group_channels, BLOCK_N)
+    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    if CHOSEN:  # one of two launches does the work: the flag is not waited for
+        tiles = tl.where((tl.load(finite) != 0) == TILED, tiles, 0)
+    # The channels of one tile of rows one after the other, while its patches are at hand.
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # the launcher sees to it that it fits
+        n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_row = m < rows
+        is_channel = n < group_channels
+        m = tl.minimum(m, rows - 1)
+        b = (m // (tall * wide)).to(tl.int64)
+        i, j = (m // wide) % tall, m % wide
+        which = tl.zeros((BLOCK_M,), dtype=tl.int64)
+        known = is_row
+        if POOL_Y is not None or PASSES:
+            which = tl.load(image + b)
+            known = known & (which >= 0) & (which < images)
+            which = tl.where(known, which, 0)
+        # What lies too far off to reach its map is drawn nearer, so that 32 bits hold all places.
+        top = tl.minimum(tl.maximum(tl.load(origin + 2 * b), -far), far).to(tl.int32)
+        left = tl.minimum(tl.maximum(tl.load(origin + 2 * b + 1), -far), far).to(tl.int32)
 
-    at = out + b * out_b + py.to(tl.int64) * out_y + px.to(tl.int64) * out_x
-    channel = group * group_channels + n
-    if not DENSE:
-        channel = channel.to(tl.int64) * out_c
-    tl.store(
-        at[:, None] + channel[None, :],
-        total.to(out.dtype.element_ty),
-        mask=is_row[:, None] & is_channel[None, :],
-    )
+        # Rows and columns are counted from the corner of the padded map below, where the convolution's first window
+        # begins: `start` is the result's first. Those of one rest begin in the stride that it lies in, at place `first` of u.
+        if WHOLE:
+            start_y = tl.zeros((BLOCK_M,), dtype=tl.int32) + padding_y
+            start_x = tl.zeros((BLOCK_M,), dtype=tl.int32) + padding_x
+            if FRAMED:
+                start_y += tl.minimum(tl.maximum(tl.load(frame + 2 * b), -far), far).to(tl.int32)
+                start_x += tl.minimum(tl.maximum(tl.load(frame + 2 * b + 1), -far), far).to(tl.int32)
+            over_y, over_x = (start_y % stride_y + stride_y) % stride_y, (start_x % stride_x + stride_x) % stride_x
+            first_y, first_x = (start_y - over_y) // stride_y + i, (start_x - over_x) // stride_x + j
+            py, px = i * stride_y + rest_y - over_y, j * stride_x + rest_x - over_x  # in the result
+        else:
+            first_y, first_x = top, left
+            if POOL_Y is not None:
+                first_y, first_x = top * POOL_Y[1] - pool_padding_y, left * POOL_X[1] - pool_padding_x
+            start_y, start_x = first_y * stride_y, first_x * stride_x
+            first_y, first_x = first_y + i, first_x + j
+            py, px = i * stride_y + rest_y, j * stride_x + rest_x
+        is_row = is_row & (py >= 0) & (py < size_y) & (px >= 0) & (px < size_x)
+        below = (start_y + py >= padding_y) & (start_y + py < padding_y + below_y)
+        below = below & (start_x + px >= padding_x) & (start_x + px < padding_x + below_x)
+        known = known & is_row & below
+
+        patches = (signal + b * signal_b, top, left, height, width, signal_y, signal_x)
+        maps = (
+            switches + which * switches_n, pooled_y, pooled_x, switches_y, switches_x, pool_padding_y, pool_padding_x,
+        )  # fmt: skip
+        open = (passes + which * passes_n, passes_y, passes_x)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=TYPE)
+        own = filters + n
+        for tap in range(0, taps_y * taps_x):
+            shift_y = rest_y - (tap // taps_x) * dilation_y
+            shift_x = rest_x - (tap % taps_x) * dilation_x
+            if (shift_y % stride_y == 0) & (shift_x % stride_x == 0):
+                y, x = first_y + shift_y // stride_y, first_x + shift_x // stride_x
+                there = known & (y >= 0) & (y < map_y) & (x >= 0) & (x < map_x)
+                own_tap = own + (tap * units + unit) * group_channels
+                for k0 in range(0, group_units, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    is_unit = k < group_units
+                    u = _unpooled(
+                        patches, maps, open, (y, x, there), unit + k, is_unit,
+                        POOL_Y, POOL_X, AT_ONCE, TYPE, LAST, RECTIFY, PASSES,
+                    )  # fmt: skip
+                    at = own_tap[None, :] + k[:, None] * group_channels
+                    f = tl.load(at, mask=is_unit[:, None] & is_channel[None, :], other=0.0)
+                    if SPLIT:
+                        # A sum of half values has more bits than they, or a larger exponent: two parts of it that TF32
+                        # holds, as it holds a half value.
+                        high = (u.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                        low = tl.where(u == high, 0.0, u - high)  # of an infinity, too
+                        f = f.to(tl.float32)
+                        total = tl.dot(high, f, total, input_precision="tf32")
+                        total = tl.dot(low, f, total, input_precision="tf32")
+                    elif TILED:
+                        if UPCAST:
+                            f = f.to(tl.float32)
+                        total = tl.dot(u.to(f.dtype), f, total, input_precision=PRECISION)
+                    else:
+                        products = u[:, :, None] * f.to(TYPE)[None, :, :]
+                        total += tl.sum(tl.where(u[:, :, None] == 0, 0.0, products), 1)
+
+        at = out + b * out_b + py.to(tl.int64) * out_y + px.to(tl.int64) * out_x
+        channel = group * group_channels + n
+        if not DENSE:
+            channel = channel.to(tl.int64) * out_c
+        tl.store(
+            at[:, None] + channel[None, :],
+            total.to(out.dtype.element_ty),
+            mask=is_row[:, None] & is_channel[None, :],
+        )
 
 
 def configs(precision: str, capability: int, thin: bool = False) -> tuple[Config, ...]:
@@ -361,12 +369,15 @@ def deconv_step(
     images = min([len(x) for x in (switches, passes) if x is not None], default=0)
     exact = signal.dtype == torch.float64
     precision = "ieee" if signal.dtype == torch.float32 else "bf16"
+    overlapping = any(d * (k - 1) >= s for k, s, d in zip(window[0], window[1], window[3]))
     for begin in range(0, batch if out.numel() else 0, most):
         some = slice(begin, begin + most)
         rows = len(image[some]) * tall * wide
         # The flag is on the GPU: of the two launches, the one that it is not for ends at once.
         for config in (APART,) if exact else (config_of(precision, channels // groups, own, thin), APART):
             tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(channels // groups, config.BLOCK_N)
+            if config is APART and not exact:
+                tiles = min(tiles, FEW_PROGRAMS)
             with torch.cuda.device_of(signal):
                 deconv_step_kernel[(tiles, stride[0] * stride[1], groups)](
                     signal[some],
@@ -415,6 +426,7 @@ def deconv_step(
                     TYPE=tl.float64 if exact else tl.float32,
                     TILED=config is not APART,
                     CHOSEN=not exact,
+                    SPLIT=config is not APART and precision == "bf16" and overlapping and not last,
                     UPCAST=INTERPRETED and precision == "bf16",
                     PRECISION="ieee",
                     maxnreg=MOST_REGISTERS,

@@ -10,6 +10,7 @@ run the CPU's kernels, which shows that the suite is right. An op that would fal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 import traceback
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import oracle  # noqa: E402
 import samples  # noqa: E402
 import torch  # noqa: E402
-from zfcore import ops, reference  # noqa: E402
+from zfcore import ops, reference, use_backend  # noqa: E402
 from zfcore.ops.conv_boxes import conv_boxes  # noqa: E402
 from zfcore.ops.conv_delta import PRECISIONS, conv_delta, delta_filters  # noqa: E402
 from zfcore.ops.deconv_step import deconv_step  # noqa: E402
@@ -77,6 +78,19 @@ def pooling(device: torch.device) -> Iterator[str]:
             ours = ops.pool_gather2d(own, own_switches, *pool, overlap=overlap)
             wanted = reference.pool_gather2d(x, switches, *pool, overlap=overlap)
             same(f"pool_gather2d {what} {overlap}", ours, wanted)
+        yield what
+
+
+def pooling_on_triton(device: torch.device) -> Iterator[str]:
+    """The Triton kernel of pooling with switches: few cases, since each window, dtype and layout is compiled first."""
+    for dtype, layout, pool in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[:2], ((3, 2, 1), ((5, 4), 2))):
+        x = samples.draw(SHAPES[0], dtype, "special", torch.Generator().manual_seed(0))
+        own = samples.lay_out(x.to(device), layout)
+        with use_backend("triton") if device.type == "cuda" else contextlib.nullcontext():
+            ours = ops.max_pool2d_with_switches(own, *pool)
+        what = f"max_pool2d_with_switches {pool} {dtype} {layout}"
+        for part, wanted in zip(ours, reference.max_pool2d_with_switches(x, *pool), strict=True):
+            same(f"{what}: {part.dtype}", part, wanted)
         yield what
 
 
@@ -253,7 +267,7 @@ def steps(device: torch.device) -> Iterator[str]:
         yield f"{above} to {below}"
 
 
-GROUPS = (pooling, bad_switches, boxes, first_products, products, changes, steps)
+GROUPS = (pooling, pooling_on_triton, bad_switches, boxes, first_products, products, changes, steps)
 
 
 def main(arguments: list[str]) -> int:

@@ -78,7 +78,7 @@ def report(compiled, capability) -> dict:
         "tcgen05": text.count("tcgen05.mma"),
         "mma_sync": len(re.findall(r"\bmma\.sync", text)),
         "copies": sorted(set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", text))),
-        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", text)),
+        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", text)),
     }
 
 

@@ -35,6 +35,7 @@ def compile_for(capability: int, dtype: str, config, pool, thin: bool, last: boo
         "TYPE": TYPES[dtype],
         "TILED": not apart,
         "CHOSEN": dtype != "fp64",
+        "SPLIT": dtype == "bf16" and pool is not None and not last,
         "UPCAST": False,
         "PRECISION": "ieee",
         **{name: getattr(config, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},

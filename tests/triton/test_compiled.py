@@ -11,10 +11,11 @@ import pytest
 
 # What a block may use: the architectures' shared memory in bytes.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # 80's serve 86 and 89, too
-SCRIPTS = ("compiled.py", "compiled_steps.py")
+SCRIPTS = ("compiled.py", "compiled_steps.py", "compiled_pool.py")
 PRODUCTS = ("conv_delta", "conv_delta thin", "conv_boxes", "deconv_step")
 APART = "deconv_step apart"  # one unit at a time, as zeros are left out
 ELEMENTWISE = ("conv_delta_depthwise", "pool_delta", "lrn_delta", "relu_delta")
+POOLING = ("max_pool2d_with_switches", "max_pool2d_with_switches apart")  # where outputs share a place, and elsewhere
 ELEMENTWISE_REGISTERS = 128  # four blocks of four warps still fit: enough to hide memory
 
 
@@ -40,13 +41,13 @@ def label(kernel: dict) -> str:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_nothing_spills_and_all_fits(compiled, capability):
-    assert {k["kernel"] for k in compiled[capability]} == {*PRODUCTS, APART, *ELEMENTWISE}
+    assert {k["kernel"] for k in compiled[capability]} == {*PRODUCTS, APART, *ELEMENTWISE, *POOLING}
     for kernel in compiled[capability]:
         assert kernel["instructions"] > 50 and not kernel["spills"], label(kernel)
         assert kernel["shared"] <= SHARED[capability], label(kernel)
-        threads = 32 * kernel["config"][2 if kernel["kernel"] in ELEMENTWISE else 3]
-        assert kernel["registers"] * threads <= 65536, label(kernel)
-        if kernel["kernel"] in ELEMENTWISE:
+        warps = 2 if kernel["kernel"] in ELEMENTWISE else 1 if kernel["kernel"] in POOLING else 3
+        assert kernel["registers"] * 32 * kernel["config"][warps] <= 65536, label(kernel)
+        if kernel["kernel"] in (*ELEMENTWISE, *POOLING):
             assert kernel["registers"] <= ELEMENTWISE_REGISTERS, label(kernel)
 
 
@@ -67,6 +68,8 @@ def test_memory_moves_16_bytes_at_a_time(compiled, capability):
             assert kernel["copies"] == ["0x10"], label(kernel)
         elif kernel["kernel"] in ELEMENTWISE:
             assert kernel["wide"] >= 3, label(kernel)
+        elif kernel["kernel"] == POOLING[0]:  # each tap and the result; taps in a loop are read in one place
+            assert kernel["wide"] >= (1 + kernel["taps"] if kernel["unrolled"] else 2), label(kernel)
         elif kernel["kernel"] == "deconv_step" and not kernel["thin"]:  # a signal and filters, or each window's, too
             assert kernel["wide"] >= 2, label(kernel)
 
@@ -87,7 +90,7 @@ def test_tiles_are_looked_up_for_every_gpu(start):
 
 def test_numbers_that_are_one_are_constants(start):
     """So a launch has it; then what is a tensor of numbers elsewhere is a number of Python's in a kernel."""
-    for script, count in zip(SCRIPTS, (18, 3), strict=True):
+    for script, count in zip(SCRIPTS, (18, 3, 3), strict=True):
         process = start(script, "90", "ones", interpreted=False)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors

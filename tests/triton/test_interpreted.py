@@ -10,6 +10,7 @@ CHECKS = {
         "engine",
     ),
     "interpreted_steps.py": ("drawn_steps", "more_drawn_steps", "edges", "networks_layers", "the_fused_op", "projections"),
+    "interpreted_pool.py": ("drawn_pools", "networks_pools", "edges", "far_apart"),
 }  # fmt: skip
 EVERY = [(script, name) for script, names in CHECKS.items() for name in names]
 

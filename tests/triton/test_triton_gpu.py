@@ -22,6 +22,8 @@ from zfcore.reference._params import ConvChange, Limits, Lrn, Places, StepParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
+import oracle  # noqa: E402
+import samples  # noqa: E402
 from steps import Sample, close  # noqa: E402
 
 WHY = "" if torch.cuda.is_available() else "torch finds no usable CUDA device"
@@ -161,6 +163,17 @@ def pointwise(name: str) -> Call:
     return Call(lambda: relu_delta(delta, x, Limits(0.1), own), [delta, x])
 
 
+def pooling(layout: torch.memory_format, dtype=torch.float32) -> Call:
+    x = torch.randn(3, 96, 27, 27, device="cuda").to(dtype=dtype, memory_format=layout)
+
+    def run():
+        with use_backend("triton"):
+            y, switches = ops.max_pool2d_with_switches(x, 3, 2, 1)
+        return torch.stack((y, switches.to(y.dtype)))
+
+    return Call(run, [x])
+
+
 STEPS = {
     "wide": (((3, 3), (2, 2), (1, 1), (1, 1)), ((5, 5), (2, 2), (0, 0), (1, 1)), 256, 96),
     "no pool": (None, ((3, 3), (1, 1), (1, 1), (1, 1)), 384, 256),
@@ -205,6 +218,8 @@ CALLS = {
     "conv_delta full": lambda: product(FULL, size=(6, 6), patch=(6, 6)),
     **{name: lambda name=name: pointwise(name) for name in ("pool_delta", "lrn_delta", "relu_delta")},
     **{f"deconv_step {name}": lambda name=name: step(name) for name in STEPS},
+    "max_pool2d_with_switches": lambda: pooling(torch.contiguous_format),
+    "max_pool2d_with_switches channels last": lambda: pooling(torch.channels_last, torch.bfloat16),
 }
 
 
@@ -314,6 +329,33 @@ def test_pool_delta():
     expected = reference.pool_delta(delta, x, y, window, places)
     got = pool_delta(delta.cuda(), x.cuda(), y.cuda(), window, on_gpu(places))
     assert torch.allclose(got.cpu(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=str)
+def test_max_pool2d_with_switches(dtype, layout):
+    """Special values and ties. Few windows, since each is compiled first; the interpreter has all kinds."""
+    cases = [(48, (3, 2, 1, 1, True))]
+    if dtype == torch.float32:
+        cases += [(5, (3, 2, 1, 1, True)), (48, ((5, 4), 2, (2, 1), (1, 2)))]
+    for channels, pool in cases:
+        x = samples.draw((2, channels, 27, 30), dtype, "special", torch.Generator().manual_seed(0))
+        own = samples.lay_out(x.cuda(), layout)
+        with use_backend("triton"):
+            got = ops.max_pool2d_with_switches(own, *pool)
+        twins = ops.max_pool2d_with_switches(own, *pool)
+        for ours, twin, wanted in zip(got, twins, reference.max_pool2d_with_switches(x, *pool), strict=True):
+            assert oracle.same(ours.cpu(), wanted) and oracle.same(twin.cpu(), wanted), (channels, pool)
+            assert ours.stride() == twin.stride(), (channels, pool)
+
+
+def test_max_pool2d_with_switches_of_many_images():
+    """More than one launch takes."""
+    x = torch.randn(70_000, 2, 4, 4, device="cuda")
+    with use_backend("triton"):
+        y, switches = ops.max_pool2d_with_switches(x, 2)
+    wanted = reference.max_pool2d_with_switches(x, 2)
+    assert torch.equal(y, wanted[0]) and torch.equal(switches, wanted[1])
 
 
 def occluded_network():

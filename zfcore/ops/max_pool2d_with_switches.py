@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
-from zfcore.ops._library import native, register
+from zfcore.ops._library import native, register, triton_kernel
 from zfcore.ops.unpool2d import unpool2d_op
 from zfcore.reference._geometry import check_map, check_tensor, pooled_size, spec
 from zfcore.reference._params import PoolParams, pool_params
@@ -60,6 +60,12 @@ def _cuda(x, *args):
     return y, switches
 
 
+def _triton(x, *args):
+    (y, switches), window = _prepare(x, *args)
+    triton_kernel("max_pool2d_with_switches")(x.detach(), y, switches, window)
+    return y, switches
+
+
 def _setup_context(ctx, inputs, output):
     x, *ctx.window, _ = inputs
     ctx.size = x.shape[2:]
@@ -78,7 +84,7 @@ def _backward(ctx, grad_y, _):
 max_pool2d_with_switches_op = register(
     SCHEMA,
     tensors=1,
-    kernels={"reference": _reference, "cpu": _cpu, "cuda": _cuda},
+    kernels={"reference": _reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
