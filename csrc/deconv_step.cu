@@ -45,9 +45,10 @@ void deconv_step_cuda(const DeconvStep& step, int device, void* stream) {
   gpu::deconv_step(step, limit, [&](const auto& body) {
     using Body = std::decay_t<decltype(body)>;
     const int bytes = int(body.shared_bytes());
-    // Beyond 48 KiB a kernel has to be told. That is quick, holds for a device, and a capture allows it.
+    // Beyond 48 KiB a kernel has to be told. That is quick, holds for a device, and a capture allows it. All calls say
+    // the same, since other threads may launch it meanwhile.
     gpu::check(op, device,
-               cudaFuncSetAttribute(deconv_step_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+               cudaFuncSetAttribute(deconv_step_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
     gpu::launch(op, deconv_step_kernel<Body>, body, device, stream, body.threads(), bytes);
   });
 }

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import oracle  # noqa: E402
 import samples  # noqa: E402
 import torch  # noqa: E402
+from steps import close as step_is_close  # noqa: E402
+from steps import draw  # noqa: E402
 from zfcore import ops, reference, use_backend  # noqa: E402
 from zfcore.ops.conv_boxes import conv_boxes  # noqa: E402
 from zfcore.ops.conv_delta import PRECISIONS, conv_delta, delta_filters  # noqa: E402
@@ -267,7 +269,24 @@ def steps(device: torch.device) -> Iterator[str]:
         yield f"{above} to {below}"
 
 
-GROUPS = (pooling, pooling_on_triton, bad_switches, boxes, first_products, products, changes, steps)
+def drawn_steps(device: torch.device) -> Iterator[str]:
+    """deconv_step to pictures: every dtype, frames, whole maps, both overlaps, dilation, filters that are not finite."""
+    done = 0
+    for seed in range(100):
+        sample = draw(seed).part(slice(0, 3))
+        if sample.weight.size(1) > 4 or sample.step.groups > 1:
+            continue
+        if done % 4 == 3:
+            sample.weight[0, 0, 0, 0] = torch.inf
+        wanted = sample.run(reference.deconv_step, torch.float64)
+        step_is_close(sample.to(device).run().cpu(), wanted, sample.signal.dtype, what=seed)
+        yield f"drawn with seed {seed}"
+        done += 1
+        if done == 16:
+            return
+
+
+GROUPS = (pooling, pooling_on_triton, bad_switches, boxes, first_products, products, changes, steps, drawn_steps)
 
 
 def main(arguments: list[str]) -> int:

@@ -37,6 +37,24 @@ def before(request):
         torch.set_float32_matmul_precision(old)
 
 
+@pytest.mark.parametrize("owner", [torch.backends, torch.backends.cudnn], ids=["of all", "of cudnn"])
+def test_a_wider_switch_is_narrowed(owner):
+    """What convolutions inherit from it the older switches do not turn."""
+    every = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    olds = [switch.fp32_precision for switch in every]
+    old, owner.fp32_precision = owner.fp32_precision, "tf32"
+    try:
+        start = switches()
+        assert start[1]
+        with exact_arithmetic(GPU):
+            assert switches() == (False, False, True) and not torch.backends.cudnn.allow_tf32
+        assert switches() == start and owner.fp32_precision == "tf32"
+    finally:
+        owner.fp32_precision = old
+        for switch, value in zip(every, olds, strict=True):
+            switch.fp32_precision = value
+
+
 def test_exact_products(before):
     with exact_arithmetic(GPU):
         assert switches() == (False, False, True)

@@ -10,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
-from steps import Sample, close, draw  # noqa: E402
+import steps  # noqa: E402
+from steps import Sample, close  # noqa: E402
 from zfcore import deconv_project, ops, reference, use_backend  # noqa: E402
 from zfcore.kernels import deconv_step as kernel  # noqa: E402
 from zfcore.kernels._places import Config  # noqa: E402
@@ -22,6 +23,16 @@ _library._BY_DEVICE["cpu"] = ("triton", "cpu")  # as for tensors on a GPU
 calls = []
 launch = kernel.deconv_step
 kernel.deconv_step = lambda *a, **k: calls.append(1) or launch(*a, **k)
+
+
+def draw(seed: int) -> Sample:
+    with use_backend("cpu"):  # switches, which are soon there
+        return steps.draw(seed)
+
+
+def pooled(maps: torch.Tensor, pool: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    with use_backend("cpu"):
+        return ops.max_pool2d_with_switches(maps, *pool)
 
 
 def expected(sample: Sample) -> torch.Tensor:
@@ -118,7 +129,7 @@ def networks_layers():
         maps = torch.randn(2, 32, 15, 15).round()
         switches, own = None, maps
         if pool is not None:
-            own, switches = ops.max_pool2d_with_switches(maps, *pool)
+            own, switches = pooled(maps, pool)
         below = tuple((15 - 1) * s - 2 * p + d * (k - 1) + 1 for k, s, p, d in zip(*conv))
         below = tuple(n[0] if isinstance(n, tuple) else n for n in below)
         for overlap in ("sum", "last"):
@@ -145,8 +156,8 @@ def the_fused_op():
         (torch.float32, torch.contiguous_format, "last"),
         (torch.bfloat16, torch.contiguous_format, "sum"),
     ):
-        y, switches = ops.max_pool2d_with_switches(torch.randn(2, 8, 9, 11), *pool)
-        y, weight = y.to(dtype).contiguous(memory_format=layout), torch.randn(8, 20, 5, 4).to(dtype)
+        y, switches = pooled(torch.randn(2, 8, 9, 11), pool)
+        y, weight = y.to(dtype).contiguous(memory_format=layout), torch.randn(8, 20, 3, 2).to(dtype)
         count = len(calls)
         z = ops.unpool_relu_conv_transpose2d(y, switches, weight, pool=pool, conv=conv, overlap=overlap)
         assert len(calls) == count + 1

@@ -74,7 +74,7 @@ class Job:
 
     def here(self, indices: Tensor) -> Tensor:
         """Where the images are; a copy from plain memory to a GPU is not waited for."""
-        return indices.to(self.device, non_blocking=True)
+        return indices.to(self.device, non_blocking=self.device.type == "cuda")
 
     def seeds(self, values: Tensor) -> Tensor:
         return torch.ones_like(values) if self.seed == "one" else values

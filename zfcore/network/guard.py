@@ -122,10 +122,11 @@ class _Products:
                 torch.set_float32_matmul_precision(older)
                 self.undo.callback(torch.set_float32_matmul_precision, before)
         self.turn(backends.cudnn, "deterministic", True)
-        try:
+        with contextlib.suppress(RuntimeError):  # where convolutions were set apart from RNNs, by the newer switches
             self.turn(backends.cudnn, "allow_tf32", tf32)
-        except RuntimeError:  # convolutions were set apart from RNNs, which the newer switch can express
-            self.turn(backends.cudnn.conv, "fp32_precision", newer)
+        # The older switch leaves these to what a wider one of the newer says.
+        for owner in (backends.cudnn.conv, backends.cudnn.rnn):
+            self.turn(owner, "fp32_precision", newer)
 
     def turn(self, owner: object, name: str, value: object) -> None:
         before = getattr(owner, name)

@@ -24,6 +24,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
         )
     if image.dtype != torch.int64 or origin.dtype != torch.int64:
         raise DtypeError(f"image of {image.dtype}, origin of {origin.dtype}: expected int64")
+    if 0 in signal.shape[1:]:
+        raise ShapeError(f"signal of shape {tuple(signal.shape)}: expected no axis of 0 but the batch")
     if weight.dim() != 4 or weight.size(0) != k or tuple(weight.shape[2:]) != tuple(step.conv[0]):
         raise ShapeError(f"weight of shape {tuple(weight.shape)}: expected [{k}, C / groups, *{step.conv[0]}]")
     if weight.dtype != signal.dtype:

@@ -45,4 +45,4 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
     if len(units) and not 0 <= int(units.min()) <= int(units.max()) < maps.size(1):
         raise UnitNotFound(f"units: {units.tolist()}: expected 0 to {maps.size(1) - 1}")
-    return _run(maps, units.to(maps.device, non_blocking=True))
+    return _run(maps, units.to(maps.device, non_blocking=maps.is_cuda))
