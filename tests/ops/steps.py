@@ -109,6 +109,17 @@ def draw(seed: int) -> Sample:
     )  # fmt: skip
 
 
+def too_large_for_half() -> Sample:
+    """Two windows name one place, whose sum no float16 holds; half of it is one."""
+    signal, weight = torch.zeros(1, 16, 1, 2).half(), torch.zeros(16, 16, 1, 1).half()
+    signal[0, 0], weight[0, 0] = 40000, 0.5
+    switches = torch.tensor([8, 6], dtype=torch.uint8).expand(1, 16, 1, 2)
+    conv = ((1, 1), (1, 1), (0, 0), (1, 1))
+    step = StepParams(((3, 3), (2, 2), (1, 1), (1, 1)), conv, 1, (2, 4), (2, 4), False, True, "sum")
+    zero = torch.zeros(1, 2, dtype=torch.int64)
+    return Sample(signal, weight, step, zero[0, :1], zero, switches, None, None, None)
+
+
 def close(ours, wanted, dtype, tolerances=TOLERANCE, what=None):
     assert ours.shape == wanted.shape and ours.dtype == dtype, what
     assert torch.equal(ours.isnan(), wanted.isnan()), what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steps import TOLERANCE, Sample, close, draw
+from steps import TOLERANCE, Sample, close, draw, too_large_for_half
 
 from zfcore import ops, reference
 from zfcore.errors import DeviceError, DtypeError, ShapeError
@@ -19,6 +19,13 @@ def test_equals_the_definition(seeds):
         sample = draw(seed)
         ours = sample.run()
         close(ours, sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
+
+
+def test_sums_of_half_values_are_rounded_once():
+    sample = too_large_for_half()
+    expected = sample.run(reference.deconv_step, torch.float64)
+    assert expected.max() == 40000
+    close(sample.run(), expected, torch.float16)
 
 
 @pytest.mark.parametrize("seed", range(400, 440))

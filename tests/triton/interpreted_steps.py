@@ -94,6 +94,10 @@ def edges():
     odd.signal[0, 0, 0, 0], odd.signal[1, -1, -1, -1] = torch.nan, torch.inf
     close(odd.run(), expected(odd), odd.signal.dtype)
 
+    large = steps.too_large_for_half()
+    assert expected(large).max() == 40000
+    close(large.run(), expected(large), torch.float16)
+
     # Any byte as a switch, any index: nothing is read that is not there, and such patches give zeros.
     wild = replace(sample, switches=torch.randint(0, 256, sample.switches.shape, dtype=torch.uint8))
     assert wild.run().shape == whole.shape

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
 import oracle  # noqa: E402
 import samples  # noqa: E402
-from steps import Sample, close  # noqa: E402
+from steps import Sample, close, too_large_for_half  # noqa: E402
 
 WHY = "" if torch.cuda.is_available() else "torch finds no usable CUDA device"
 WHY = WHY or backends()["triton"].reason
@@ -290,6 +290,15 @@ def test_zeros_of_a_step_leave_filters_out():
     sample = drawn_step("wide", batch=4)
     sample.weight[3, 5, 1, 1], sample.weight[7, 2, 0, 0] = torch.inf, torch.nan
     close(sample.to("cuda").run().cpu(), sample.run(reference.deconv_step, torch.float64), torch.float32)
+
+
+def test_sums_of_half_values_keep_their_bits():
+    """They are rounded once, at the end: what windows add up may be too large, or too fine, for a half type."""
+    sample = too_large_for_half()
+    close(sample.to("cuda").run().cpu(), sample.run(reference.deconv_step, torch.float64), torch.float16)
+    sample = drawn_step("wide", torch.bfloat16)
+    wanted = sample.run(reference.deconv_step, torch.float64)
+    close(sample.to("cuda").run().cpu(), wanted, torch.bfloat16, {torch.bfloat16: 4.1e-3})  # half a unit of the last place
 
 
 @pytest.mark.parametrize("options", [{"crop": True}, {"rule": "guided", "overlap": "last"}, {"positions": "all"}], ids=str)
