@@ -49,6 +49,21 @@ def places(m, is_pixel, image, out_origin, size_y, size_x, images, height, width
     return b, py, px, which, y, x, known
 
 
+@triton.jit
+def of_program(
+    pixels, image, out_origin, size_y, size_x, images, height, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Of a program that takes BLOCK_P pixels by BLOCK_C channels [1, BLOCK_C]: the channels, which pixels there are, and
+    the pixels' `places`.
+    """
+    m = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # the launcher sees to it that it fits
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    is_pixel = m < pixels
+    m = tl.minimum(m, pixels - 1)
+    b, py, px, which, y, x, known = places(m, is_pixel, image, out_origin, size_y, size_x, images, height, width)
+    return c, is_pixel, b, py, px, which, y, x, known
+
+
 def check(**tensors: torch.Tensor) -> None:
     """Refuse what the kernels cannot read: other dtypes than float32 and the half ones, channels that lie apart."""
     for name, x in tensors.items():

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import LARGEST, PLAIN, check, launches, places, strides
+from ._places import LARGEST, PLAIN, check, launches, of_program, strides
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -62,11 +62,9 @@ def pool_delta_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    m = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # the launcher sees to it that it fits
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    is_pixel = m < pixels
-    m = tl.minimum(m, pixels - 1)
-    b, py, px, which, oy, ox, known = places(m, is_pixel, image, out_origin, size_y, size_x, images, above_y, above_x)
+    c, is_pixel, b, py, px, which, oy, ox, known = of_program(
+        pixels, image, out_origin, size_y, size_x, images, above_y, above_x, BLOCK_P, BLOCK_C
+    )
     is_channel = c < channels
     top = oy * stride_y - padding_y
     left = ox * stride_x - padding_x

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._places import PLAIN, check, launches, places, strides
+from ._places import PLAIN, check, launches, of_program, strides
 
 
 @triton.jit
@@ -51,11 +51,9 @@ def relu_delta_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    m = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # the launcher sees to it that it fits
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    is_pixel = m < pixels
-    m = tl.minimum(m, pixels - 1)
-    b, py, px, which, y, x, known = places(m, is_pixel, image, origin, size_y, size_x, images, height, width)
+    c, is_pixel, b, py, px, which, y, x, known = of_program(
+        pixels, image, origin, size_y, size_x, images, height, width, BLOCK_P, BLOCK_C
+    )
     own = delta + (b * delta_b + py.to(tl.int64) * delta_y + px.to(tl.int64) * delta_x)
     clean = before + (which * before_n + y * before_y + x * before_x)
     to = out + (b * out_b + py.to(tl.int64) * out_y + px.to(tl.int64) * out_x)
