@@ -48,13 +48,17 @@ def compile_for(kernel, capability, dtype, constants, warps, stages, odd=()):
         elif name in FLOATS:
             signature[name] = "fp32"
     multiples = [i for i in multiples_of(kernel) if names[i] not in (*constants, *odd)]
+    return built(kernel, capability, signature, constants, multiples, num_warps=warps, num_stages=stages)
+
+
+def built(kernel, capability, signature, constants, multiples, **options):
+    """The kernel for arguments of these types; multiples: the places of those that are multiples of 16."""
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
     )
-    options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-import triton
 import triton.language as tl
-from compiled import report
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled import built, report
 from zfcore.kernels import max_pool2d_with_switches as pool
 
 KERNEL = pool.max_pool2d_with_switches_kernel
@@ -39,13 +36,7 @@ def compile_for(capability: int, dtype: str, kernel: tuple[int, int], last: bool
         signature[name] = "constexpr" if name in constants else pointer or "i32"
         if name not in constants and (pointer or last and not parameter.do_not_specialize):
             multiples.append(at)
-    source = ASTSource(
-        fn=KERNEL,
-        signature=signature,
-        constexprs={(KERNEL.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return built(KERNEL, capability, signature, constants, multiples, num_warps=warps)
 
 
 def main(capability: int) -> list[dict]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-import triton
 import triton.language as tl
-from compiled import report
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled import built, report
 from zfcore.kernels import deconv_step
 
 KERNEL = deconv_step.deconv_step_kernel
@@ -50,14 +47,8 @@ def compile_for(
         signature[name] = "constexpr" if name in constants else pointer or "i32"
         if name not in constants and not thin and (pointer or not parameter.do_not_specialize):
             multiples.append(at)
-    source = ASTSource(
-        fn=KERNEL,
-        signature=signature,
-        constexprs={(KERNEL.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
-    )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": deconv_step.MOST_REGISTERS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return built(KERNEL, capability, signature, constants, multiples, **options)
 
 
 def cases(capability: int):
