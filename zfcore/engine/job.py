@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -86,12 +84,6 @@ class Job:
 
 def _rows_and_columns(index: Tensor, width: int) -> Tensor:
     return torch.stack((index // width, index % width), -1)
-
-
-@functools.lru_cache(maxsize=4096)
-def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64, kept and so never to be written to: made anew, each would be a copy that a GPU has to be waited for."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def times(signal: Tensor, slope: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcore.engine.job import Job, numbers, scratch_bytes, times
+from zfcore.engine.job import Job, scratch_bytes, times
+from zfcore.engine.numbers import numbers
 from zfcore.network import Field, Network, Stage, scale_of
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
 from zfcore.ops.deconv_step import deconv_step

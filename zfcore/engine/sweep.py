@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zfcore.engine.numbers import numbers
 from zfcore.network import Network, Stage, Window, scale_of
 from zfcore.ops._library import runs_on
 from zfcore.ops.conv_boxes import conv_boxes
@@ -123,8 +124,8 @@ class _Step:
 class _Batch:
     """Some positions: the image (within the image batch), the row and the column of the grid of each, [B]."""
 
-    def __init__(self, image: Tensor, row: Tensor, column: Tensor, maps: dict[Stage, Tensor], starts: dict):
-        self.image, self.row, self.column, self.maps, self.starts = image, row, column, maps, starts
+    def __init__(self, image: Tensor, row: Tensor, column: Tensor, maps: dict[Stage, Tensor]):
+        self.image, self.row, self.column, self.maps = image, row, column, maps
         self.each = torch.arange(len(image), device=image.device)
         self.changes: dict[Stage, Tensor] = {}
         self.origins: dict[Rects, Tensor] = {}
@@ -133,10 +134,8 @@ class _Batch:
 
     def origin(self, rects: Rects) -> Tensor:
         """Where each position's rectangle begins, [B, 2]."""
-        if rects not in self.starts:  # kept: on a GPU each would be a copy to wait for
-            self.starts[rects] = tuple(torch.tensor(axis, device=self.image.device) for axis in rects[:2])
         if rects not in self.origins:
-            y, x = self.starts[rects]
+            y, x = (numbers(axis, self.image.device) for axis in rects[:2])
             self.origins[rects] = torch.stack((y[self.row], x[self.column]), 1)
         return self.origins[rects]
 
@@ -180,8 +179,6 @@ class Sweep:
             self.kept.add(feature)
         self.rank = _tiled(len(y), len(x)).argsort().to(device)
         self.spans = tuple(torch.tensor(axis, device=device).reshape(-1, 2) for axis in self.boxes)
-        self.starts: dict[Rects, tuple[Tensor, Tensor]] = {}
-        self.pairs: dict[Pair, Tensor] = {}
         self.offset, self.length = self.plan_memory()
         room, most = BATCHES.get(device.type, BATCHES["cpu"])
         self.chosen_size = batch_size
@@ -379,7 +376,7 @@ class Sweep:
         order = (index // per_image * per_image + self.rank[index % per_image]).argsort()
         for own in index[order].split(size):
             position = own % per_image
-            batch = _Batch(own // per_image, position // columns, position % columns, maps, self.starts)
+            batch = _Batch(own // per_image, position // columns, position % columns, maps)
             (y0, y1), (x0, x1) = (spans[at].unbind(1) for spans, at in zip(self.spans, (batch.row, batch.column)))
             batch.boxes, batch.covered = torch.stack((y0, x0, y1, x1), 1), covered
             if covered is None:
@@ -403,9 +400,7 @@ class Sweep:
     # -- the steps
 
     def pair(self, pair: Pair) -> Tensor:
-        if tuple(pair) not in self.pairs:  # kept: on a GPU each would be a copy to wait for
-            self.pairs[tuple(pair)] = torch.tensor(pair, device=self.device)
-        return self.pairs[tuple(pair)]
+        return numbers(tuple(pair), self.device)
 
     def factor(self, stage: Stage) -> Tensor:
         return torch.as_tensor(scale_of(stage), dtype=self.dtype, device=self.device)
