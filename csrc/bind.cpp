@@ -90,6 +90,29 @@ zf::PasteBoxes paste(const PasteTuple& t) {
   return op;
 }
 
+// What both backends' steps of the deconvnet are given.
+zf::DeconvStep deconv_step(const TensorTuple& signal, const std::optional<TensorTuple>& switches,
+                           const std::optional<TensorTuple>& passes, uintptr_t filters, const zf::View& out,
+                           uintptr_t image, uintptr_t origin, uintptr_t frame, const Pair& map, const Pair& below,
+                           const WindowTuple& pool, const WindowTuple& conv, bool rectify, bool overlap_last, bool whole) {
+  zf::DeconvStep step;
+  step.signal = view(signal);
+  if (switches) step.switches = view(*switches);
+  if (passes) step.passes = view(*passes);
+  step.filters = reinterpret_cast<const void*>(filters);
+  step.out = out;
+  step.image = reinterpret_cast<const int64_t*>(image);
+  step.origin = reinterpret_cast<const int64_t*>(origin);
+  step.frame = reinterpret_cast<const int64_t*>(frame);
+  for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
+  step.pool = window(pool);
+  step.conv = window(conv);
+  step.rectify = rectify;
+  step.last = overlap_last;
+  step.whole = whole;
+  return step;
+}
+
 zf::Overlap overlap(bool last) { return last ? zf::Overlap::last : zf::Overlap::sum; }
 
 zf::Isa isa_of(const std::string& name) {
@@ -174,23 +197,10 @@ PYBIND11_MODULE(_C, m) {
            const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool rectify, bool overlap_last,
            bool whole, int threads) {
           py::gil_scoped_release release;
-          zf::DeconvStep step;
-          step.signal = view(signal);
-          if (switches) step.switches = view(*switches);
-          if (passes) step.passes = view(*passes);
+          zf::DeconvStep step = deconv_step(signal, switches, passes, filters, output(out), image, origin, frame, map, below,
+                                            pool, conv, rectify, overlap_last, whole);
           step.weight = view(weight);
-          step.filters = reinterpret_cast<const void*>(filters);
-          step.out = output(out);
-          step.image = reinterpret_cast<const int64_t*>(image);
-          step.origin = reinterpret_cast<const int64_t*>(origin);
-          step.frame = reinterpret_cast<const int64_t*>(frame);
-          for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
-          step.pool = window(pool);
-          step.conv = window(conv);
           step.groups = groups;
-          step.rectify = rectify;
-          step.last = overlap_last;
-          step.whole = whole;
           zf::deconv_step_cpu(step, threads);
         });
   m.def("strongest_cpu", [](const TensorTuple& maps, uintptr_t units, int64_t count, uintptr_t index, int threads) {
@@ -301,22 +311,9 @@ PYBIND11_MODULE(_C, m) {
            const WindowTuple& pool, const WindowTuple& conv, bool rectify, bool overlap_last, bool whole, int device,
            uintptr_t stream) {
           py::gil_scoped_release release;
-          zf::DeconvStep step;
-          step.signal = view(signal);
-          if (switches) step.switches = view(*switches);
-          if (passes) step.passes = view(*passes);
-          step.filters = reinterpret_cast<const void*>(filters);
+          zf::DeconvStep step = deconv_step(signal, switches, passes, filters, view(out), image, origin, frame, map, below,
+                                            pool, conv, rectify, overlap_last, whole);
           step.not_finite = reinterpret_cast<const uint8_t*>(not_finite);
-          step.out = view(out);
-          step.image = reinterpret_cast<const int64_t*>(image);
-          step.origin = reinterpret_cast<const int64_t*>(origin);
-          step.frame = reinterpret_cast<const int64_t*>(frame);
-          for (int axis = 0; axis < 2; ++axis) step.map[axis] = map[axis], step.below[axis] = below[axis];
-          step.pool = window(pool);
-          step.conv = window(conv);
-          step.rectify = rectify;
-          step.last = overlap_last;
-          step.whole = whole;
           zf::deconv_step_cuda(step, device, reinterpret_cast<void*>(stream));
         });
   m.def("paste_boxes_cuda", [](const PasteTuple& op, int device, uintptr_t stream) {
