@@ -249,7 +249,8 @@ def conv_delta(
         out: [B, K, *places.size], channels last, to write into.
 
     Returns:
-        [B, K, *places.size], channels last. The bits do not depend on the batch or on the number of threads.
+        [B, K, *places.size], channels last. The bits do not depend on the batch or on the number of threads, but on a
+        GPU those of full layers may depend on the batch.
 
     Raises:
         ShapeError, DtypeError: the arguments do not belong together.

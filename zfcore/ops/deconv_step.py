@@ -59,6 +59,11 @@ def _shape(signal, weight, step, frame):
     return (len(signal), weight.size(1) * step.groups, *size)
 
 
+def _empty(signal, weight, step, frame):
+    shape = _shape(signal, weight, step, frame)
+    return torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+
+
 def _reference(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     z = reference.deconv_step(signal, weight, step, image, origin, switches, passes, scale, frame)
     return z if out is None else out.copy_(z)
@@ -67,9 +72,7 @@ def _reference(signal, weight, step, image, origin, switches, passes, scale, fra
 def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     conv = tuple(map(tuple, step.conv))
     filters = _filters.for_deconv(weight, scale, conv, step.groups)
-    if out is None:
-        shape = _shape(signal, weight, step, frame)
-        out = torch.empty(shape, dtype=signal.dtype, device="cpu", memory_format=torch.channels_last)
+    out = _empty(signal, weight, step, frame) if out is None else out
     if switches is not None:
         switches = switches.contiguous(memory_format=torch.channels_last)
     if passes is not None:
@@ -122,8 +125,7 @@ def packed_for_triton(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple
 def _triton(signal, weight, step, image, origin, switches, passes, scale, frame, out):
     result = out
     if out is None or (out.size(1) > MOST_APART and out.stride(1) != 1):
-        shape = _shape(signal, weight, step, frame)
-        result = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+        result = _empty(signal, weight, step, frame)
     signal, switches, passes = (
         None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (signal, switches, passes)
     )
@@ -146,9 +148,7 @@ def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, o
     if step.groups != 1 or weight.size(1) > MOST_CUDA_CHANNELS:
         return _wide(signal, weight, step, image, origin, switches, passes, scale, frame, out)
     filters, not_finite = packed_for_cuda(weight, scale)
-    if out is None:
-        shape = _shape(signal, weight, step, frame)
-        out = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
+    out = _empty(signal, weight, step, frame) if out is None else out
     image, origin = image.contiguous(), origin.contiguous()
     corner = None if frame is None else frame[0].contiguous()
     native.deconv_step_cuda(
