@@ -148,6 +148,8 @@ FUNCTIONS = [
 ]  # fmt: skip
 READ = {
     "old_value_used", "augmented", "keyword", "dropout_alias", "normalised", "constant_of_forward", "global_max",
+    "through_view", "through_slice", "through_chunk", "out_argument", "batch_permuted", "groups_in_batch", "silu_in_place",
+    "reflected",
 }  # fmt: skip
 
 
@@ -183,24 +185,22 @@ def refused(model, match, layer=None, shape=SHAPE):
 
 def test_refusals_name_the_operation():
     conv = nn.Conv2d(3, 4, 3)
-    refused(nn.Sequential(conv, nn.PReLU()), r"'1' \(PReLU\)")
-    refused(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), "'0'.*reflect")
     refused(nn.Sequential(conv, nn.BatchNorm2d(4, track_running_stats=False)), "'1'.*statistics")
-    refused(nn.Sequential(conv, nn.MaxPool2d(2, return_indices=True)), "'1'.*indices")
+    refused(nn.Sequential(conv, nn.FractionalMaxPool2d(2, 3)), "'1'.*random")
     refused(Net(dropped), "dropout")
     refused(Net(lambda m, x: torch.fft.fft2(x).real), "fft2")
-    refused(Net(lambda m, x: x if x.sum() > 0 else -x), "Net|control flow")
+    refused(Net(lambda m, x: x if x.sum() > 0 else -x), "Net.*control flow")
 
 
 def test_only_what_leads_to_the_layer_must_be_readable():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.PReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.FractionalMaxPool2d(2, 3), nn.Conv2d(4, 2, 1)).eval()
     assert read_network(model, SHAPE, "1").layer.kind == "relu"
-    refused(model, "PReLU", "3")
+    refused(model, "FractionalMaxPool2d", "3")
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("name", ["0", "1", ""])
-def test_hooks_that_may_change_the_answer(register, name):
+def test_hooks_are_shown_no_tensors_without_values(register, name):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU()))
     seen = []
     getattr(model.get_submodule(name), register)(lambda *args: seen.append(1))

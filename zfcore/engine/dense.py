@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from zfcore.engine.job import Job, scratch_bytes, times
 from zfcore.engine.numbers import numbers
 from zfcore.errors import ArgumentError, LayerNotFound, ShapeError, UnsupportedOperation
-from zfcore.network import observing, rule_of_call
+from zfcore.network import observing
 from zfcore.ops import max_pool2d_with_switches, unpool2d
 
 

@@ -2,8 +2,8 @@
 
 from zfcore.network.geometry import Field, Window
 from zfcore.network.guard import arithmetic, evaluating, exact_arithmetic, observing
-from zfcore.network.operations import rule_of_call
-from zfcore.network.reader import Network, read_network, resolve_layer
+from zfcore.network.layers import resolve_layer
+from zfcore.network.reader import Network, read_network
 from zfcore.network.stages import Rectifier, Stage, scale_of
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "observing",
     "read_network",
     "resolve_layer",
-    "rule_of_call",
     "scale_of",
 ]

@@ -54,10 +54,14 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
                     del _holds[id(module)]
 
 
+recording = threading.local()  # `record`: what this thread's forward of a model is recorded by, if it is
+
+
 class Observer:
     """A forward hook that calls ``see(output)`` in the thread that made it, and changes nothing.
 
-    The reader knows it: a module that is observed, in this thread or another, is no less readable.
+    The reader knows it: a module that is observed, in this thread or another, is no less readable, and a forward
+    that is recorded, whose tensors hold no values, is not shown.
     """
 
     def __init__(self, see: Callable[[object], None]):
@@ -65,7 +69,7 @@ class Observer:
         self.thread = threading.get_ident()
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if threading.get_ident() == self.thread:
+        if threading.get_ident() == self.thread and getattr(recording, "record", None) is None:
             self.see(output)
 
 
@@ -157,3 +161,20 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     else:
         with exact_arithmetic(device):
             yield
+
+
+class _Kept:
+    def watching(self):
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module) -> Iterator[_Kept]:
+    before = [(d, d.copy()) for m in model.modules() for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+    try:
+        yield _Kept()
+    finally:
+        for now, then in before:
+            if len(now) != len(then) or any(now.get(k) is not v for k, v in then.items()):
+                now.clear()
+                now.update(then)

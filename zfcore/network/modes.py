@@ -1,0 +1,173 @@
+"""What sees a recorded forward: its operations, the torch functions that are none, and the calls of modules."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zfcore.network import aten, whole
+from zfcore.network.counting import BatchSize, Sizes
+from zfcore.network.operators import operator
+from zfcore.network.values import Unread
+
+if TYPE_CHECKING:
+    from zfcore.network.record import Record
+
+_patching = threading.RLock()  # the calls of modules are replaced for the whole process; one record at a time
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        record = self.record
+        if record.quiet:
+            return function(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return record.operate(function, args, kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """What a dispatch mode does not see: sizes that are read, and values that leave torch."""
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        record, kwargs = self.record, kwargs or {}
+        special = _SPECIAL.get(function)
+        if special is not None:
+            first = args[0] if args else None
+            if isinstance(first, Tensor):
+                with record.unseen():
+                    value = record.value_of(first)
+                if value is not None:
+                    return special(record, value, function, args, kwargs)
+        record.python += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            record.python -= 1
+
+
+def _sizes(record: Record, value, function, args, kwargs):
+    with record.unseen():
+        result = function(*args, **kwargs)
+    if isinstance(value, Unread) or not args[0].dim():
+        return result
+    axis = whole.axis_of(value).axis
+    if isinstance(result, torch.Size):
+        return Sizes.of(result, axis)
+    if function is Tensor.size:
+        dim = args[1] if len(args) > 1 else kwargs["dim"]
+        if isinstance(dim, str) or dim % args[0].dim() != axis:
+            return result
+    # The number of images itself, or of all values; `len` makes a plain int of it, whose comparisons nobody sees.
+    record.count_used = True
+    record.count_compared |= function is Tensor.__len__
+    return BatchSize(result)
+
+
+def _escapes(record: Record, value, function, args, kwargs):
+    record.stop(f"reads a value that is computed from the images ({_function_name(function)}): its control flow may depend on it")
+
+
+def _contiguous(record: Record, value, function, args, kwargs):
+    with record.unseen():
+        return record.maybe_copied(operator(torch.ops.aten.contiguous.default), (args[0],), {})
+
+
+def _normalised(record: Record, value, function, args, kwargs):
+    """F.local_response_norm, which is many operations on whole maps to torch and one stage to the engines."""
+    if isinstance(value, Unread) or args[0].dim() != 4 or torch.is_grad_enabled() is False:
+        return function(*args, **kwargs)
+    with record.unseen():
+        stage = record.named(aten.local_response_norm(value, *args[1:], **kwargs), "local_response_norm")
+        made = function(*args, **kwargs) if record.example is not None else torch.empty_like(args[0])
+        record.put(made, stage)
+    return made
+
+
+def _gradient_asked(record: Record, value, function, args, kwargs):
+    """Whether it requires a gradient: under autograd it would."""
+    return record.gradient and torch.is_grad_enabled()
+
+
+def _gradient_hook(record: Record, value, function, args, kwargs):
+    if record.gradient:
+        record.stop("registers a hook on a map's gradient, which may change it")
+    return torch.utils.hooks.RemovableHandle({})
+
+
+def _assigned(record: Record, value, function, args, kwargs):
+    record.stop(f"assigns to {_function_name(function)}, which the engines do not follow")
+
+
+def _detached(record: Record, value, function, args, kwargs):
+    with record.unseen():
+        return record.operate(torch.ops.aten.detach.default, (args[0],), {})
+
+
+def _function_name(function) -> str:
+    owner = getattr(getattr(function, "__self__", None), "__name__", None)
+    return f"Tensor.{owner}" if owner else f"Tensor.{getattr(function, '__name__', function)}"
+
+
+_SPECIAL: dict[object, Callable] = {
+    Tensor.shape.__get__: _sizes, Tensor.size: _sizes, Tensor.__len__: _sizes, Tensor.numel: _sizes,
+    Tensor.nelement: _sizes, Tensor.nbytes.__get__: _sizes, torch.numel: _sizes,
+    Tensor.tolist: _escapes, Tensor.numpy: _escapes, Tensor.__array__: _escapes, Tensor.data_ptr: _escapes,
+    Tensor.__dlpack__: _escapes, Tensor.untyped_storage: _escapes, Tensor.storage: _escapes,
+    Tensor.__reduce_ex__: _escapes, Tensor.__deepcopy__: _escapes, Tensor.__repr__: _escapes, Tensor.__format__: _escapes,
+    Tensor.__contains__: _escapes, Tensor.share_memory_: _escapes,
+    Tensor.contiguous: _contiguous, Tensor.data.__get__: _detached, Tensor.data.__set__: _assigned,
+    Tensor.requires_grad.__get__: _gradient_asked, Tensor.register_hook: _gradient_hook,
+    Tensor.register_post_accumulate_grad_hook: _gradient_hook, Tensor.retain_grad: _gradient_hook,
+    F.local_response_norm: _normalised,
+}  # fmt: skip
+
+
+@contextmanager
+def calls_followed(record: Record) -> Iterator[None]:
+    """The calls of modules and of custom autograd functions, in this thread, go by the record.
+
+    What nn.Module's `__call__` calls is replaced, which is cheap, and serves as well where no compiled version of a
+    module is called instead; where one is, `__call__` itself.
+    """
+    thread = threading.get_ident()
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in record.paths)
+    name = "__call__" if compiled else "_call_impl"
+    original, apply = getattr(nn.Module, name), torch.autograd.Function.__dict__["apply"]
+
+    def call(module, *args, **kwargs):
+        if threading.get_ident() != thread:
+            return original(module, *args, **kwargs)
+        # A compiled version would run what was compiled; the code that it was made of is followed instead.
+        return record.call_module(module, nn.Module._call_impl if compiled else original, args, kwargs)
+
+    def applied(own, *args, **kwargs):
+        if threading.get_ident() != thread:
+            return apply.__get__(None, own)(*args, **kwargs)
+        return record.custom(own, apply.__get__(None, own), args, kwargs)
+
+    with _patching:
+        setattr(nn.Module, name, call)
+        torch.autograd.Function.apply = classmethod(applied)
+        try:
+            yield
+        finally:
+            setattr(nn.Module, name, original)
+            torch.autograd.Function.apply = apply
+
+

@@ -1,0 +1,167 @@
+"""What a tensor of the model's forward stands for while the forward is recorded.
+
+A recorded tensor has a batch axis: the images. A *stage* (stages.py) has it first, one entry an image. On the way
+from one stage to the next, tensors may have it elsewhere, or folded with other axes, as when an image is cut into
+windows: those are `Loose`, expressions that become one stage as soon as the images come first again. `Picked` are the
+channels of a map in another order or number, which cost nothing until they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zfcore.network.stages import Stage
+
+
+class Unknown(Exception):
+    """The operation, with these arguments, is not one that the engines know."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A size that is `times` the number of images."""
+
+    times: int
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """A constant of the model that has an axis of images, the same for each: one image's part of it.
+
+    part: what stands for one image along `axis`, which may be several entries long.
+    """
+
+    part: Tensor
+    axis: int
+
+
+@dataclass(eq=False)
+class Loose:
+    """function(*args, **kwargs) of stages, of other expressions and of constants.
+
+    shape:  as recorded, the images included.
+    axis:   where the images are: the axis is laid out as (ahead, images, factor).
+    each:   the stage that it is a function of each value of, where it is one.
+    """
+
+    function: Callable[..., object]
+    args: tuple
+    kwargs: dict
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: int
+    factor: int = 1
+    ahead: int = 1
+    each: Stage | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the images come first, an entry each."""
+        return self.axis == 0 and self.factor == 1 and self.ahead == 1 and len(self.shape) > 1
+
+    def run(self, stages: list[Stage]) -> Callable[..., Tensor]:
+        """The expression as a function of the stages' values."""
+
+        def run(*values: Tensor) -> Tensor:
+            return _Evaluation(stages, values).of(self)
+
+        return run
+
+
+@dataclass(eq=False)
+class Picked:
+    """Channels of a stage (C, H, W): index is int64 of any shape, the axes between the images and the rows."""
+
+    stage: Stage
+    index: Tensor
+    made: list[Stage] = field(default_factory=list)  # the stage that it became, once something read it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.index.shape, *self.stage.shape[1:])
+
+
+@dataclass(eq=False)
+class Unread:
+    """Stands for what was not read, with the reason."""
+
+    error: Exception
+
+
+Value = Stage | Picked | Loose
+
+
+class _Evaluation:
+    """Expressions computed once each, for given values of the stages that they read."""
+
+    def __init__(self, stages: list[Stage], values: tuple[Tensor, ...]):
+        self.values: dict[int, object] = {id(stage): value for stage, value in zip(stages, values, strict=True)}
+        self.images = len(values[0])
+
+    def of(self, leaf: object) -> object:
+        kind = type(leaf)
+        if kind is Loose:
+            known = self.values.get(id(leaf))
+            if known is None:
+                known = leaf.function(*map(self.of, leaf.args), **{k: self.of(v) for k, v in leaf.kwargs.items()})
+                self.values[id(leaf)] = known
+            return known
+        if kind is Stage:
+            return self.values[id(leaf)]
+        if kind is Images:
+            return self.images * leaf.times
+        if kind is Alike:
+            return repeated(leaf, self.images)
+        if kind in (list, tuple):
+            return kind(map(self.of, leaf))
+        return leaf
+
+
+def repeated(alike: Alike, images: int) -> Tensor:
+    """The constant for a number of images."""
+    part, axis = alike.part, alike.axis
+    return part.unsqueeze(axis).expand(*part.shape[:axis], images, *part.shape[axis:]).flatten(axis, axis + 1)
+
+
+def stages_in(leaf: object) -> list[Stage]:
+    """The stages that an expression reads, each once, in the order it names them."""
+    found: list[Stage] = []
+    seen: set[int] = set()
+    queue = [leaf]
+    while queue:
+        part = queue.pop()
+        kind = type(part)
+        if kind in (list, tuple):
+            queue.extend(reversed(part))
+        elif kind in (Stage, Loose) and id(part) not in seen:
+            seen.add(id(part))
+            if kind is Stage:
+                found.append(part)
+            else:
+                queue.extend(reversed((*part.args, *part.kwargs.values())))
+    return found
+
+
+def leaves(value: object) -> Iterator[object]:
+    """What stands in lists, tuples and dicts, at any depth."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+    else:
+        yield value
+
+
+def replaced(value: object, by: Callable[[object], object]) -> object:
+    """The lists and tuples in `value`, each leaf replaced."""
+    kind = type(value)
+    if kind is list:
+        return [replaced(part, by) for part in value]
+    if isinstance(value, tuple):
+        return tuple(replaced(part, by) for part in value)
+    return by(value)
