@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from zfcore.call import fixed_batch, writable
+from zfcore.engine.rules import as_nodes
 from zfcore.errors import (
     ArgumentError,
     DtypeError,
@@ -16,7 +18,29 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
-from zfcore.network import Network, Stage, resolve_layer
+from zfcore.network import Network, Stage, kept, resolve_layer
+
+# By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
+# those that change no value.
+_WITHIN_ONE = frozenset(("Sigmoid", "Hardsigmoid", "Softmax"))
+_MAYBE_WITHIN_ONE = frozenset(("Div", "Reciprocal", "Mul", "Pow", "Sqrt", "Exp", "Clamp", "Hardtanh", "Minimum", "Maximum"))
+_MOVING = frozenset(
+    ("Alias", "AsStrided", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Squeeze", "T",
+     "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")
+)  # fmt: skip
+MANY = 16  # values that all lie in 0..1, and would by chance once in 2^16 if logits are as often negative
+
+
+def last_operation(model: nn.Module, image: Tensor) -> torch.autograd.graph.Node | None:
+    """The node of the last operation of a network that changes values, if autograd sees it. image: [1, C, H, W]."""
+    model = writable(model)
+    count = fixed_batch(model) or 1
+    with kept(model) as held, held.watching(), torch.enable_grad(), as_nodes(True, []):
+        output = model(image.expand(count, -1, -1, -1).clone().requires_grad_())
+    node = output.grad_fn
+    while node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in _MOVING:
+        node = node.next_functions[0][0]
+    return node
 
 
 Parts = list  # scores, labels and activation of some rows, each a tensor [rows] or None where it is not measured
@@ -46,8 +70,15 @@ class Answers:
     targets: [N] int64; where none were given, filled with each image's own top class by the clean pass.
     """
 
-    def __init__(self, score: str | Callable[[object], Tensor], targets: object, images: Tensor):
-        self.score = score
+    def __init__(
+        self,
+        score: str | Callable[[object], Tensor],
+        targets: object,
+        images: Tensor,
+        last: Callable[[], torch.autograd.graph.Node | None] = lambda: None,
+    ):
+        """last: finds the node of the network's last operation, as `last_operation` does."""
+        self.score, self.last = score, last
         self.chosen = targets is None
         self.targets = None if targets is None else indices("targets", targets, images)
         self.count, self.device = len(images), images.device
@@ -97,8 +128,29 @@ class Answers:
                 "probabilities already (none negative, their sum 1); expected score='logit', which takes "
                 "them as they are"
             )
+        if self.score == "probability" and len(logits) and self._bounded(logits):
+            raise ArgumentError(
+                "score: 'probability' takes the softmax of logits, and the network's outputs all lie in 0..1, as a "
+                "sigmoid's do; expected score='logit', which takes them as they are, or a callable that turns "
+                "outputs into scores"
+            )
         if not self.chosen and self.count and int(self.targets.max()) >= classes:
             raise UnitNotFound(f"targets: class {int(self.targets.max())}; expected 0 to {classes - 1}")
+
+    def _bounded(self, outputs: Tensor) -> bool:
+        """Whether outputs are no logits, since they cannot leave 0..1.
+
+        Values alone do not say so: the logits of a few classes may all be in there. So the network's last operation is
+        looked at as well: a sigmoid cannot leave 0..1; what a sigmoid may be spelled out with might not either, and is
+        believed where values are many; anything else, a linear layer above all, can.
+        """
+        if not ((outputs >= 0) & (outputs <= 1)).all():
+            return False
+        node = self.last()
+        if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return outputs.numel() >= MANY
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        return kind in _WITHIN_ONE or (kind in _MAYBE_WITHIN_ONE and outputs.numel() >= MANY)
 
     def _called(self, output: object, rows: int) -> Tensor:
         scores = self.score(output)
@@ -200,7 +252,7 @@ def indices(name: str, value: object, images: Tensor) -> Tensor:
     """Class or unit indices as int64 [N] on the images' device; one int is every image's."""
     count = len(images)
     try:
-        index = torch.as_tensor(value)
+        index = value if isinstance(value, Tensor) else torch.as_tensor(value, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints") from error
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():

@@ -161,7 +161,7 @@ class Kept:
             kind = type(value)
             if kind in _PLAIN:
                 continue
-            if not value and kind in _CONTAINERS:  # most of what an nn.Module has
+            if kind in _CONTAINERS and not value:  # most of what an nn.Module has
                 if name != "_forward_hooks":
                     self.empty.append(value)
             elif kind is dict and name in ("_parameters", "_buffers"):
