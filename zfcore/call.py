@@ -147,6 +147,12 @@ def fitting(images: Tensor) -> Iterator[None]:
         ) from error
 
 
+def default_device(images: Tensor) -> contextlib.AbstractContextManager:
+    """Where new tensors are made: beside the images, if the caller has any default device."""
+    default = torch.get_default_device()
+    return contextlib.nullcontext() if default.type in ("cpu", images.device.type) else images.device
+
+
 # ---- While the model's code runs ---------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfcore.call import checked_images, eagerly, layer_inside, placement, unwrapped
+from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
 from zfcore.engine.dense import Dense
 from zfcore.engine.job import Job
 from zfcore.engine.patches import Engine
@@ -241,8 +241,7 @@ class _Job(Job):
         with contextlib.ExitStack() as own:
             (stay or own).enter_context(self.working())
             try:
-                with eagerly():
-                    network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1])
+                network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1])
             except UnsupportedOperation as error:
                 if strict:
                     raise
@@ -313,6 +312,8 @@ class _Job(Job):
         """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
         with (
             torch.inference_mode(False),
+            default_device(self.images),
+            eagerly(),
             evaluating(self.model),
             exact_arithmetic(self.device),
             torch.no_grad(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfcore.call import checked_images, eagerly, layer_inside, placement, unwrapped
+from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
 from zfcore.engine.adaptive import Everything, WhereItMoves
 from zfcore.engine.forwards import Forwards
 from zfcore.engine.grid import Grid
@@ -213,8 +213,9 @@ def occlusion_map(
         # network writes to its input.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
+        stack.enter_context(default_device(images))
         stack.enter_context(eagerly())
+        stack.enter_context(evaluating(model))
         known = mode == "exact"  # the bar counts on all positions from the start
         total = count * len(grid) if known else 0
         bar = stack.enter_context(tqdm(total=total, unit="box", desc="occlusion", disable=not progress))

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zfcore.call import eagerly, fitting, fixed_batch, writable
+from zfcore.call import fitting, fixed_batch, writable
 from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.engine.rules import Hidden, as_nodes, flush_torchscript, put_rules
@@ -84,7 +84,7 @@ class Dense:
     @contextlib.contextmanager
     def running(self) -> Iterator[Kept]:
         """Around the model's own code, which a backward may run again; the model is left as it was."""
-        with kept(self.model) as held, eagerly():
+        with kept(self.model) as held:
             yield held
 
     def first(self, images: Tensor) -> Tensor:

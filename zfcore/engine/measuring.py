@@ -83,6 +83,7 @@ class Answers:
         self.targets = None if targets is None else indices("targets", targets, images)
         self.count, self.device = len(images), images.device
         self.checked = False  # whether clean outputs that say what they are were looked at
+        self.within = 0  # values of those so far that lie in 0..1
 
     def read(self, output: object, owners: Tensor, clean: bool) -> tuple[Tensor, Tensor | None]:
         rows = len(owners)
@@ -102,8 +103,7 @@ class Answers:
             )
         logits = output.to(torch.promote_types(output.dtype, torch.float32))
         if clean and not self.checked:  # no more than it takes, since each time waits for a GPU
-            self._check(logits, output.dtype)
-            self.checked = rows > 0 and bool(logits.isfinite().all())
+            self.checked = self._check(logits, output.dtype)
         labels = logits.argmax(1)
         self._choose(labels, owners, clean)
         values = logits.softmax(1) if self.score == "probability" else logits
@@ -115,7 +115,8 @@ class Answers:
                 self.targets = torch.zeros(self.count, dtype=torch.int64, device=self.device)
             self.targets[owners] = labels
 
-    def _check(self, logits: Tensor, dtype: torch.dtype) -> None:
+    def _check(self, logits: Tensor, dtype: torch.dtype) -> bool:
+        """Refuses outputs that are no logits; whether they say that they are some."""
         classes = logits.shape[1]
         if self.score == "probability" and classes == 1:
             raise ArgumentError(
@@ -128,29 +129,34 @@ class Answers:
                 "probabilities already (none negative, their sum 1); expected score='logit', which takes "
                 "them as they are"
             )
-        if self.score == "probability" and len(logits) and self._bounded(logits):
+        if not self.chosen and self.count and int(self.targets.max()) >= classes:
+            raise UnitNotFound(f"targets: class {int(self.targets.max())}; expected 0 to {classes - 1}")
+        if not len(logits) or not logits.isfinite().all():
+            return False
+        if self.score != "probability" or not ((logits >= 0) & (logits <= 1)).all():
+            return True
+        likely = self._last_is_within()
+        self.within += logits.numel()
+        if likely or (likely is None and self.within >= MANY):
             raise ArgumentError(
                 "score: 'probability' takes the softmax of logits, and the network's outputs all lie in 0..1, as a "
                 "sigmoid's do; expected score='logit', which takes them as they are, or a callable that turns "
                 "outputs into scores"
             )
-        if not self.chosen and self.count and int(self.targets.max()) >= classes:
-            raise UnitNotFound(f"targets: class {int(self.targets.max())}; expected 0 to {classes - 1}")
+        return likely is not None
 
-    def _bounded(self, outputs: Tensor) -> bool:
-        """Whether outputs are no logits, since they cannot leave 0..1.
+    def _last_is_within(self) -> bool | None:
+        """Whether the network's last operation cannot leave 0..1; None where that is not known.
 
-        Values alone do not say so: the logits of a few classes may all be in there. So the network's last operation is
-        looked at as well: a sigmoid cannot leave 0..1; what a sigmoid may be spelled out with might not either, and is
-        believed where values are many; anything else, a linear layer above all, can.
+        Values alone do not say so: the logits of a few classes may all lie in there. A sigmoid cannot leave 0..1; what
+        one may be spelled out with might not either, and is believed to be one where values are many; anything else, a
+        linear layer above all, can.
         """
-        if not ((outputs >= 0) & (outputs <= 1)).all():
-            return False
         node = self.last()
         if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
-            return outputs.numel() >= MANY
+            return None
         kind = node.name().rstrip("0123456789").removesuffix("Backward")
-        return kind in _WITHIN_ONE or (kind in _MAYBE_WITHIN_ONE and outputs.numel() >= MANY)
+        return None if kind in _MAYBE_WITHIN_ONE else kind in _WITHIN_ONE
 
     def _called(self, output: object, rows: int) -> Tensor:
         scores = self.score(output)
