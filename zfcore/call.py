@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
-from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation
 
 _INSIDE = ("_orig_mod", "module")  # what the wrappers call the network that they hold
 
@@ -87,6 +87,16 @@ def layer_inside(layer: object, model: nn.Module, inside: nn.Module) -> object:
             return inside
         layer = rest
     return layer
+
+
+def observable(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, whose outputs are to be seen."""
+    module = dict(model.named_modules(remove_duplicate=False))[name]
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedOperation(
+            f"layer {name!r} is a TorchScript module, whose outputs cannot be seen; expected a Python module"
+        )
+    return module
 
 
 def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:

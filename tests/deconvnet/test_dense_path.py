@@ -246,6 +246,20 @@ def test_rules_however_an_operation_is_called(name, rule):
     close(p.pixels, project(model, images, "c2", [1, 2], p.positions, rule=rule)[0], torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("runs", (0, 4))
+def test_torchscript_inside_a_model(runs):
+    inner = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.LeakyReLU(0.2)).eval()
+    model, images = Written(torch.jit.script(inner)), torch.randn(2, 3, 12, 11)
+    for _ in range(runs):  # after which TorchScript may have made one node of several operations
+        model(images.clone().requires_grad_())
+    p = zfcore.deconv_project(model, images, "c2", [1, 2])
+    with pytest.raises(UnsupportedOperation, match="'function.1' is a TorchScript module"):
+        zfcore.deconv_project(model, images, "function.1", [1, 2])
+    model.function = inner
+    close(p.pixels, project(model, images, "c2", [1, 2], p.positions)[0], torch.float32)
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zfcore.call import fitting, fixed_batch, writable
+from zfcore.call import fitting, fixed_batch, observable, writable
 from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.engine.rules import Hidden, as_nodes, flush_torchscript, put_rules
@@ -30,14 +30,8 @@ class Dense:
         self.overwritten = False  # whether the model works in place on what autograd saved
         self.apart = False  # whether it works in place on one of several views that one operation made
         self.flushed = False  # whether TorchScript's functions were made to forget how they run
-        for path, module in job.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise UnsupportedOperation(
-                    f"'{path or type(job.model).__name__}' is a TorchScript module, whose operations cannot "
-                    "be seen; expected a model of Python modules"
-                )
         self.model = writable(job.model)
-        self.module = self.model.get_submodule(name)
+        self.module = observable(self.model, name)
         self.rows = fixed_batch(self.model)
         images = job.images[:1] if len(job.images) else job.images.new_zeros((1, *job.images.shape[1:]))
         with fitting(images):
@@ -71,7 +65,7 @@ class Dense:
         if isinstance(error, Hidden):
             if self.flushed:
                 raise UnsupportedOperation(f"layer={self.job.layer!r}: {words}") from error
-            flush_torchscript()
+            flush_torchscript(self.model)
             self.flushed = True
         elif "modified by an inplace operation" in words and not self.overwritten:
             self.overwritten = True

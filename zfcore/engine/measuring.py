@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from zfcore.call import fixed_batch, writable
+from zfcore.call import fixed_batch, observable, writable
 from zfcore.engine.rules import as_nodes
 from zfcore.errors import (
     ArgumentError,
@@ -180,7 +180,7 @@ class FeatureTotals:
             raise ArgumentError(f"feature: {feature!r}; expected a pair (layer, unit)")
         layer, unit = feature
         name, self.call = resolve_layer(model, layer)
-        self.module = model.get_submodule(name)
+        self.module = observable(model, name)
         self.layer = repr(name if self.call is None else f"{name}@{self.call}")
         self.chosen = unit is None
         if unit is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zfcore.engine.job import times
@@ -46,7 +46,7 @@ def put_rules(output: Tensor, leaf: Tensor, rule: str, overlap: str, plain: list
                 nodes.append(below)
         name = node.name()
         if "DifferentiableGraph" in name:
-            raise Hidden("a TorchScript function hides its operations; expected a Python function")
+            raise Hidden("TorchScript hides operations; expected a model of Python functions and modules")
         if "CompiledFunction" in name:
             raise UnsupportedOperation("a compiled part of the model hides its operations; expected one that runs eagerly")
         rectifier = None if node in plain else _rectifier(name, node)
@@ -145,10 +145,14 @@ _POOLS = {
 # ---- The forward -------------------------------------------------------------------------------------------
 
 
-def flush_torchscript() -> None:
-    """Has TorchScript's functions forget how they ran, in which several operations may be one node."""
-    for function in torch.jit._state._python_cu.get_functions():
-        function._debug_flush_compilation_cache()
+def flush_torchscript(model: nn.Module) -> None:
+    """Has TorchScript's functions, and a model's TorchScript modules, forget how they ran: as nodes of several operations."""
+    compiled = list(torch.jit._state._python_cu.get_functions())
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            compiled += [module._c._get_method(name) for name in module._c._method_names()]
+    for each in compiled:
+        each._debug_flush_compilation_cache()
 
 
 class _PassOver(torch.autograd.Function):
