@@ -78,13 +78,14 @@ def layer_inside(layer: object, model: nn.Module, inside: nn.Module) -> object:
     """A layer of `model` as one of the network inside its wrappers. "" and the model itself are its output."""
     if layer is model or (isinstance(layer, str) and layer == ""):
         return inside
-    names = dict(inside.named_modules(remove_duplicate=False))
-    while isinstance(layer, str) and layer.partition("@")[0] not in names:
+    names = None
+    while isinstance(layer, str) and layer.partition("@")[0].partition(".")[0] in _INSIDE:
+        names = names or dict(inside.named_modules(remove_duplicate=False))
         wrapper, dot, rest = layer.partition(".")
-        if wrapper not in _INSIDE or not (dot or wrapper == layer):
+        if layer.partition("@")[0] in names:
             break
         if not dot:
-            return inside
+            return inside if wrapper in _INSIDE else layer
         layer = rest
     return layer
 

@@ -31,6 +31,7 @@ __all__ = ["Occlusion", "occlusion_map"]
 
 SCORES = ("probability", "logit")
 MODES = ("exact", "adaptive")
+LARGEST = 2**63 - 1  # that torch takes as a size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,7 +194,7 @@ def occlusion_map(
     if not 0 <= tolerance <= 1:
         raise ArgumentError(f"tolerance: {tolerance}; expected a share between 0 and 1")
     if batch_size is not None:
-        batch_size = _whole("batch_size", batch_size)
+        batch_size = min(_whole("batch_size", batch_size), LARGEST)
     box, stride = _pair("box", box), _pair("stride", stride)
     grid = Grid.over(images.shape[-2:], box, stride)
     fill = _as_picture(fill, images)
