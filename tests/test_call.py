@@ -213,6 +213,19 @@ def test_images_that_do_not_fit(call, unread, images):
 
 
 @BOTH
+def test_an_exported_program_for_images_of_another_size(call):
+    exported = torch.export.export(network(), (torch.randn(1, 3, 12, 12),)).module()
+    with pytest.raises(ShapeError, match=r"images: shape \(1, 3, 16, 16\).*Guard failed"):
+        call(exported, IMAGES[:1])
+
+
+@BOTH
+@pytest.mark.parametrize("unread", (False, True))
+def test_a_batch_size_larger_than_any_number_of_torch(call, unread):
+    call(Unread(network()) if unread else network(), batch_size=10**25)
+
+
+@BOTH
 def test_an_error_of_the_models_own_code_is_not_said_of_the_images(call):
     def fails(x):
         raise RuntimeError("on purpose")

@@ -150,8 +150,10 @@ def fitting(images: Tensor) -> Iterator[None]:
     """Runs a model's first forward: what torch says of shapes there is said of the images."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        if type(error) not in (RuntimeError, ValueError) or not _SHAPE_WORDS.search(str(error)):
+    except (RuntimeError, ValueError, AssertionError) as error:
+        guarded = isinstance(error, AssertionError) and "Guard failed" in str(error)  # by an exported program
+        plain = type(error) in (RuntimeError, ValueError) and _SHAPE_WORDS.search(str(error))
+        if not (guarded or plain):
             raise
         raise ShapeError(
             f"images: shape {tuple(images.shape)}, on which the model fails; expected images that fit it: {error}"

@@ -20,6 +20,7 @@ from torch import nn
 
 import zfcore
 from zfcore.errors import ArgumentError, UnsupportedOperation
+from zfcore.network import kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:zfcore. the dense path")
 
@@ -515,13 +516,16 @@ def state_of(model):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fails", (False, True))
-@pytest.mark.parametrize("call", ("project", "jobs", "occlude", "occlude a feature"))
+@pytest.mark.parametrize("call", ("run", "project", "jobs", "occlude", "occlude a feature"))
 def test_a_model_that_keeps_what_it_sees_is_as_it_was(call, fails):
     model, images = Keeps(fails), torch.randn(2, 3, 9, 9)
     state_before = state_of(model)
 
     def run():
-        if call == "project":
+        if call == "run":
+            with kept(model) as held, held.watching():
+                model(images)
+        elif call == "project":
             zfcore.deconv_project(model, images, "c2", [1, 2])
         elif call == "jobs":
             for _ in zfcore.iter_projections(model, images, "c2", batch_size=2):
@@ -556,3 +560,20 @@ def test_threads_share_a_model_that_keeps_what_it_sees():
     for thread in threads:
         thread.join()
     assert not errors and state_of(model)[0] == before
+
+
+def test_a_model_that_draws_and_counts_gives_each_batch_the_same():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(3, 4, 3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x) * torch.rand(4, 1, 1) * self.calls if x.sum() < 1e9 else x
+
+    model, images = Draws(), torch.randn(1, 3, 9, 9).expand(3, -1, -1, -1)
+    whole = zfcore.deconv_project(model, images, "", [1, 2])
+    parts = list(zfcore.iter_projections(model, images, "", [1, 2], batch_size=2))
+    close(torch.cat([part.pixels for part in parts]), whole.pixels.flatten(0, 1).double(), torch.float32)
+    assert model.calls == 0

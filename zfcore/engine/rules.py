@@ -241,11 +241,12 @@ class _Checkpoints:
                     return original(function, preserve, *args)
 
                 replaced.apply = apply
+        before = getattr(self.threads, "seen", False)
         self.threads.seen = True
         try:
             yield
         finally:
-            self.threads.seen = False
+            self.threads.seen = before
             with self.lock:
                 self.users -= 1
                 if not self.users:
