@@ -1,4 +1,4 @@
-"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> engine -> network, models -> ops."""
+"""Imports point down only: cli -> train, report -> deconvnet, occlusion -> engine -> call -> network, models -> ops."""
 
 import ast
 from pathlib import Path
@@ -18,14 +18,15 @@ FLOOR = {
     "data": 2,
     "network": 3,
     "models": 3,
-    "engine": 4,
-    "deconvnet": 5,
-    "occlusion": 5,
-    "train": 6,
-    "report": 6,
-    "cli": 7,
-    "env": 7,
-    "__main__": 8,
+    "call": 4,
+    "engine": 5,
+    "deconvnet": 6,
+    "occlusion": 6,
+    "train": 7,
+    "report": 7,
+    "cli": 8,
+    "env": 8,
+    "__main__": 9,
 }
 
 

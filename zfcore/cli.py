@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 import zfcore
 from zfcore import models
 from zfcore.data import find_images, read_image, sample_images
+from zfcore.data.images import MAX_PIXELS
 from zfcore.errors import ArgumentError, DeviceError, UnitNotFound, ZfcoreError
 from zfcore.ops.conv_delta import PRECISIONS
 from zfcore.report import analysis, figures
@@ -43,6 +44,7 @@ __all__ = ["main"]
 DEFAULT_MODEL = "zfnet_small_fashion"
 DEFAULT_SIDE = 224  # for networks that do not say what they expect
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1
+LARGEST = 2**63 - 1  # of whole numbers
 BOX_SHARE, STRIDE_SHARE = 4, 28  # the default box is a quarter of the shorter side, the stride a 28th
 FILLS = {"grey": 0.5, "black": 0.0, "white": 1.0}
 CLASSES_SHOWN = 5
@@ -182,7 +184,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(models.names())}, or package.module:factory (default: {DEFAULT_MODEL})",
     )
     add("--weights", metavar="FILE", help=".safetensors, or a .pth of plain tensors")
-    add("--input-size", type=_pair, metavar="HxW", help=f"its pictures (default: its own, or {DEFAULT_SIDE})")
+    add("--input-size", type=_size, metavar="HxW", help=f"its pictures (default: its own, or {DEFAULT_SIDE})")
     add("--channels", type=int, choices=(1, 3), help="of its pictures (default: its first convolution's)")
     add(
         "--mean",
@@ -259,6 +261,8 @@ def _positive(text: str) -> int:
 def _index(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 0")
+    if len(text) > len(str(LARGEST)) or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at most {LARGEST}")
     return int(text)
 
 
@@ -267,6 +271,13 @@ def _pair(text: str) -> tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r}; expected one number, or height x width such as 32x24")
     return sides[0], sides[-1]
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = _pair(text)
+    if height * width > MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected at most {MAX_PIXELS} pixels")
+    return height, width
 
 
 def _numbers(text: str) -> tuple[float, ...]:

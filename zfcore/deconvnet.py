@@ -9,7 +9,6 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
 from zfcore.engine.dense import Dense
 from zfcore.engine.job import Job
 from zfcore.engine.patches import Engine
@@ -197,53 +197,6 @@ def _choice(name: str, value, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of torch.compile and of data parallelism."""
-    while True:
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inside = model.module if parallel else getattr(model, "_orig_mod", None)
-        if not isinstance(inside, nn.Module):
-            return model
-        model = inside
-
-
-def _as_unwrapped(layer, model: nn.Module):
-    """A layer's name as the wrapped network has it."""
-    names = dict(model.named_modules(remove_duplicate=False))
-    while isinstance(layer, str) and layer.partition("@")[0] not in names:
-        wrapper, dot, inside = layer.partition(".")
-        if wrapper not in ("module", "_orig_mod") or not dot:
-            break
-        layer = inside
-    return layer
-
-
-def _placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where and in what the model computes: as its first floating-point parameter or buffer is."""
-    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if torch.nn.parameter.is_lazy(value):
-            raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
-        if value.is_floating_point():
-            return value.device, value.dtype
-    return images.device, images.dtype
-
-
-def _check_images(images: Tensor) -> Tensor:
-    if not isinstance(images, Tensor):
-        raise DtypeError(f"images={type(images).__name__}: expected a float tensor [N, C, H, W] or [C, H, W]")
-    if not images.is_floating_point():
-        raise DtypeError(
-            f"images of dtype {images.dtype}: expected a float tensor, scaled as the model was trained"
-        )
-    if images.dim() == 3:
-        images = images.unsqueeze(0)
-    if images.dim() != 4 or 0 in images.shape[1:]:
-        raise ShapeError(
-            f"images of shape {tuple(images.shape)}: expected [N, C, H, W] or [C, H, W], none of them 0"
-        )
-    return images
-
-
 class _Job(Job):
     """One call: its checked arguments, and the path that runs it."""
 
@@ -263,14 +216,11 @@ class _Job(Job):
         stay: contextlib.ExitStack | None = None,
     ):
         """stay: keeps the job `working` from here on; without one it is while the network is read."""
-        if not isinstance(model, nn.Module):
-            raise DtypeError(f"model={type(model).__name__}: expected an nn.Module")
-        inside = _unwrapped(model)
-        if inside is not model:
-            layer = inside if layer is model else _as_unwrapped(layer, inside)
+        inside = unwrapped(model)
+        layer = layer_inside(layer, model, inside)
         self.model = model = inside
-        images = _check_images(images)
-        self.device, self.dtype = _placement(model, images)
+        images = checked_images(images)
+        self.device, self.dtype = placement(model, images)
         self.images = images.detach().to(self.device, self.dtype)
         self.rule = _choice("rule", rule, RULES)
         self.seed = _choice("seed", seed, SEEDS)
@@ -291,7 +241,7 @@ class _Job(Job):
         with contextlib.ExitStack() as own:
             (stay or own).enter_context(self.working())
             try:
-                network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1])
+                network = read_network(model, tuple(self.images.shape[1:]), layer, self.images[:1], gradient=True)
             except UnsupportedOperation as error:
                 if strict:
                     raise
@@ -362,6 +312,8 @@ class _Job(Job):
         """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
         with (
             torch.inference_mode(False),
+            default_device(self.images),
+            eagerly(),
             evaluating(self.model),
             exact_arithmetic(self.device),
             torch.no_grad(),

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
 from zfcore.engine.adaptive import Everything, WhereItMoves
 from zfcore.engine.forwards import Forwards
 from zfcore.engine.grid import Grid
-from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts
+from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts, last_operation
 from zfcore.engine.sweep import Sweep, sweeps
-from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation
-from zfcore.network import arithmetic, evaluating, exact_arithmetic, observing, read_network
+from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnsupportedOperation
+from zfcore.network import arithmetic, evaluating, exact_arithmetic, kept, observing, read_network
 from zfcore.ops.conv_delta import PRECISIONS, pays
 
 __all__ = ["Occlusion", "occlusion_map"]
 
 SCORES = ("probability", "logit")
 MODES = ("exact", "adaptive")
+LARGEST = 2**63 - 1  # that torch takes as a size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +53,8 @@ class Occlusion:
     measured:         [N, Gy, Gx] bool, the positions that were measured and not interpolated; None with mode="exact".
     error:            [N] float64, how far interpolated scores were off at most, where that was looked at; NaN where
                       nothing was interpolated; None with mode="exact".
+    path:             "engine", or "forwards" where plain forwards measured all.
+    reason:           why plain forwards did, else "".
     """
 
     scores: Tensor
@@ -65,6 +69,8 @@ class Occlusion:
     image_size: tuple[int, int]
     measured: Tensor | None = None
     error: Tensor | None = None
+    path: str = "engine"
+    reason: str = ""
 
     def heatmap(self) -> Tensor:
         """The mean drop of the score over the boxes that cover each pixel.
@@ -160,8 +166,9 @@ def occlusion_map(
                 interpolated, and `error` says how far off that was at a sample of it.
     tolerance:  of the range of an image's answers, what the corners of a cell may differ by with mode="adaptive".
     batch_size: positions worked at at once; None chooses so that their maps take about 256 MB.
-    strict:     raise UnsupportedOperation for a network that zfcore.network cannot read, where otherwise
-                plain batched forwards give the same answer.
+    strict:     raise UnsupportedOperation where otherwise plain batched forwards give the same answer: for a network
+                that zfcore.network cannot read, a dtype or device without kernels, weights that are not finite. Not
+                where forwards are as fast: `reason` says so then.
     progress:   draw a bar that counts box positions done.
 
     Returns: `Occlusion`, on the model's device; floats in at least fp32.
@@ -170,7 +177,10 @@ def occlusion_map(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2 and figure 7.
     """
-    images = _as_batch(model, images)
+    whole, model = model, unwrapped(model)
+    images = checked_images(images)
+    device, dtype = placement(model, images)
+    images = images.to(device, dtype).detach()
     if not (callable(score) or score in SCORES):
         raise ArgumentError(f"score: {score!r}; expected one of {SCORES} or a callable")
     if precision not in PRECISIONS:
@@ -184,14 +194,16 @@ def occlusion_map(
     if not 0 <= tolerance <= 1:
         raise ArgumentError(f"tolerance: {tolerance}; expected a share between 0 and 1")
     if batch_size is not None:
-        batch_size = _whole("batch_size", batch_size)
+        batch_size = min(_whole("batch_size", batch_size), LARGEST)
     box, stride = _pair("box", box), _pair("stride", stride)
     grid = Grid.over(images.shape[-2:], box, stride)
     fill = _as_picture(fill, images)
-    answers = Answers(score, targets, images)
+    answers = Answers(score, targets, images, lambda: last_operation(model, images[:1]))
+    if isinstance(feature, tuple | list) and len(feature) == 2:
+        feature = (layer_inside(feature[0], whole, model), feature[1])
     totals = None if feature is None else FeatureTotals(model, feature, images)
 
-    count, device = len(images), images.device
+    count = len(images)
     measured = Measured(count, len(grid))
     chosen = Everything(grid)
     if mode == "adaptive":
@@ -202,11 +214,13 @@ def occlusion_map(
         # network writes to its input.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(default_device(images))
+        stack.enter_context(eagerly())
         stack.enter_context(evaluating(model))
         known = mode == "exact"  # the bar counts on all positions from the start
         total = count * len(grid) if known else 0
         bar = stack.enter_context(tqdm(total=total, unit="box", desc="occlusion", disable=not progress))
-        sweep = _sweep(model, images, grid, totals, batch_size, strict, precision)
+        sweep, reason = _sweep(model, images, grid, totals, batch_size, strict, precision)
         # What is left for forwards: images, and positions of others.
         left, again = torch.arange(count, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if sweep is not None:
@@ -216,11 +230,12 @@ def occlusion_map(
             left, again = changes.left()
         if len(left) or len(again) or not count:
             stack.enter_context(arithmetic(device, precision))
+            held = stack.enter_context(kept(model))
             if totals is not None:
                 stack.enter_context(observing(totals.module, totals.see))
             if sweep is not None and known and (done := len(left) * len(grid) + len(again)):
                 bar.update(-done)
-            forwards = Forwards(model, images, fill, grid, left, batch_size, answers, totals)
+            forwards = Forwards(model, images, fill, grid, left, batch_size, answers, totals, held)
             _measure(forwards, chosen, measured, bar, known)
             _put(forwards, again, measured, bar, known)
 
@@ -240,6 +255,8 @@ def occlusion_map(
         image_size=grid.size,
         measured=chosen.measured,
         error=chosen.error,
+        path="engine" if sweep is not None else "forwards",
+        reason=reason,
     )
 
 
@@ -277,24 +294,38 @@ def _sweep(
     batch_size: int | None,
     strict: bool,
     precision: str,
-) -> Sweep | None:
-    """The engine for this network and grid, or None where plain forwards are to be run."""
+) -> tuple[Sweep | None, str]:
+    """The engine for this network and grid; or None where plain forwards are to be run, and why."""
+    device = images.device
     try:
-        network = read_network(model, tuple(images.shape[1:]))
+        network = read_network(model, tuple(images.shape[1:]), None, images[:1])
         feature = None if totals is None else totals.stage(network)
-        if len(network.layer.shape) not in (1, 3):
-            raise UnsupportedOperation(f"the network returns {network.layer.shape} an image")
+        if not sweeps(images):
+            raise UnsupportedOperation(f"the engine has no kernels for {images.dtype} on {device.type}")
+        precision = precision if pays(precision, device) else "exact"
+        sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, device, precision)
+        if not sweep.finite:
+            raise UnsupportedOperation("weights of the network are not finite")
     except (UnsupportedOperation, ShapeError) as error:
         if strict:
             raise
+        if isinstance(error, ShapeError):
+            _check_that_it_runs(model, images, error)
         warnings.warn(f"zfcore: plain forwards run this network: {error}", stacklevel=3)
-        return None
-    if not sweeps(images):
-        return None
-    device = images.device
-    precision = precision if pays(precision, device) else "exact"
-    sweep = Sweep(network, feature, grid.y, grid.x, images.dtype, batch_size, device, precision)
-    return sweep if sweep.finite and sweep.macs < sweep.plain_macs else None
+        return None, str(error)
+    if sweep.macs >= sweep.plain_macs:
+        return None, "plain forwards are no more work than the engine, with boxes of this size"
+    return sweep, ""
+
+
+def _check_that_it_runs(model: nn.Module, images: Tensor, error: ShapeError) -> None:
+    """Raises what the reader says of the images' shape, unless the network takes them."""
+    image = images[:1] if len(images) else images.new_zeros((1, *images.shape[1:]))
+    try:
+        with kept(model) as held, held.watching():
+            model(image.clone())
+    except Exception as failure:  # of the network's own code
+        raise error from failure
 
 
 # How many times larger than a position's output the clean one may be: what they differ by is then as large, and what is
@@ -341,7 +372,8 @@ class _Changes:
             self.infinite[group] += ~each.flatten(1).isfinite().all(1)
         output = self.maps[sweep.output].reshape(len(group), *sweep.output.shape)
         self.largest = output.flatten(1).abs().amax(1)
-        scores, labels = self.answers.read(output.clone(memory_format=torch.contiguous_format), group, True)
+        returned = sweep.network.returned(output.clone(memory_format=torch.contiguous_format))
+        scores, labels = self.answers.read(returned, group, True)
         self.total = None
         if self.totals is not None:
             feature = self.maps[sweep.feature].reshape(len(group), *sweep.feature.shape)
@@ -359,7 +391,7 @@ class _Changes:
             values = output.flatten(1)
             finite = values.isfinite().all(1)
             self.blurred.append((place, values.abs().amax(1) * LARGER < self.largest[image]))
-            scores, labels = self.answers.read(output, owners, False)
+            scores, labels = self.answers.read(self.sweep.network.returned(output), owners, False)
             total = None
             if self.totals is not None:
                 total = self.total[image] + self.totals.sum(feature, owners, False)
@@ -374,33 +406,14 @@ def _covers(starts: Tensor, ends: Tensor, length: int) -> Tensor:
     return ((starts[:, None] <= pixel) & (pixel < ends[:, None])).double()
 
 
-def _as_batch(model: nn.Module, images: Tensor) -> Tensor:
-    """The images as [N, C, H, W], on the model's device and in its dtype."""
-    if not isinstance(model, nn.Module):
-        raise DtypeError(f"model: a {type(model).__name__}; expected a torch.nn.Module")
-    if not isinstance(images, Tensor):
-        raise DtypeError(f"images: a {type(images).__name__}; expected a tensor (N, C, H, W) or (C, H, W)")
-    if not images.is_floating_point():
-        raise DtypeError(f"images: {images.dtype}; expected a floating point dtype")
-    if images.dim() not in (3, 4) or 0 in images.shape[-3:]:
-        raise ShapeError(
-            f"images: shape {tuple(images.shape)}; expected (N, C, H, W) or (C, H, W), C, H, W >= 1"
-        )
-    if images.is_meta:
-        raise DeviceError("images: on the meta device, which holds no pixels; expected a device that does")
-    # Where the model computes: most have parameters, some only buffers, a few neither.
-    own = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), images)
-    images = images.to(own.device, own.dtype)
-    images = images.detach()
-    return images if images.dim() == 4 else images[None]
-
-
 def _as_picture(fill: object, images: Tensor) -> Tensor:
     """`fill` as a picture for each image: [N, C, H, W], a view without copies of its own."""
     try:
-        value = torch.as_tensor(fill)
+        # Where the images are, whatever the caller's default device; a tensor stays where it is for now.
+        value = fill if isinstance(fill, Tensor) else torch.as_tensor(fill, device=images.device)
         if value.is_floating_point() and not hasattr(fill, "dtype"):
-            value = torch.as_tensor(fill, dtype=torch.float64)  # Python's own numbers, all of their digits
+            # Python's own numbers, all of their digits.
+            value = torch.as_tensor(fill, dtype=torch.float64, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"fill: {fill!r}; expected a number or a tensor") from error
     if value.dtype == torch.bool or value.is_complex():

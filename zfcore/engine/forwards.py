@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zfcore.call import fitting
 from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Parts
+from zfcore.network import fixed_batch, Kept
 
 SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets one batch's pixels and feature maps take
 
@@ -21,7 +23,8 @@ SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets one batch's pixels and 
 class Forwards:
     """Measures positions of some images by a forward for each.
 
-    chosen: [k] int64, the images. grid, answers, totals: of the call; images, fill: [N, C, H, W], all of it.
+    chosen: [k] int64, the images. grid, answers, totals: of the call; images, fill: [N, C, H, W], all of it. held: the
+    model, `kept`.
     """
 
     def __init__(
@@ -34,9 +37,12 @@ class Forwards:
         batch_size: int | None,
         answers: Answers,
         totals: FeatureTotals | None,
+        held: Kept,
     ):
         self.model, self.images, self.fill, self.grid = model, images, fill, grid
-        self.chosen, self.batch_size, self.answers, self.totals = chosen, batch_size, answers, totals
+        self.chosen, self.answers, self.totals, self.held = chosen, answers, totals, held
+        self.rows = fixed_batch(model)
+        self.batch_size = self.rows or batch_size
 
     def groups(self) -> Iterator[Tensor]:
         """The images, in the groups that `clean` and then `measure` are asked for."""
@@ -44,18 +50,24 @@ class Forwards:
 
     def look(self, rows: Tensor, owners: Tensor, clean: bool) -> Parts:
         """One forward: the rows' scores, labels and activation; owners [rows] are their image indices."""
+        count = len(owners)
+        if self.rows is not None and count:  # an exported program takes no fewer
+            index = torch.arange(self.rows, device=rows.device).clamp(max=count - 1)
+            rows, owners = rows[index], owners[index]
         if self.totals is not None:
             self.totals.expect(owners, clean)
-        output = self.model(rows)
+        with fitting(rows):
+            output = self.model(rows)
         scores, labels = self.answers.read(output, owners, clean)
-        return [scores, labels, None if self.totals is None else self.totals.take()]
+        parts = [scores, labels, None if self.totals is None else self.totals.take()]
+        return [part if part is None else part[:count] for part in parts]
 
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         """The images without a box: their indices, and what is measured of them."""
         if not len(group) and len(self.images):
             return
         # Indexed, so copies: a network may write to its input.
-        with LargestResult() as largest:
+        with LargestResult() as largest, self.held.watching():
             first = self.look(self.images[group[:1]], group[:1], True)
         self.fit(largest)
         yield group[:1], first

@@ -41,6 +41,6 @@ class Grid:
         return slice(*self.y[row]), slice(*self.x[column])
 
     def boxes(self) -> Tensor:
-        y = torch.tensor(self.y)[:, None].expand(-1, self.columns, -1)  # [Gy, Gx, 2]
-        x = torch.tensor(self.x)[None].expand(self.rows, -1, -1)
+        y = torch.tensor(self.y, device="cpu")[:, None].expand(-1, self.columns, -1)  # [Gy, Gx, 2]
+        x = torch.tensor(self.x, device="cpu")[None].expand(self.rows, -1, -1)
         return torch.stack([y[..., 0], x[..., 0], y[..., 1], x[..., 1]], dim=-1)

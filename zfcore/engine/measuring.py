@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from zfcore.call import observable, writable
+from zfcore.engine.rules import as_nodes
 from zfcore.errors import (
     ArgumentError,
     DtypeError,
@@ -16,7 +18,29 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
-from zfcore.network import Network, Stage, resolve_layer
+from zfcore.network import fixed_batch, kept, resolve_layer, Network, Stage
+
+# By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
+# those that change no value.
+_WITHIN_ONE = frozenset(("Sigmoid", "Hardsigmoid", "Softmax"))
+_MAYBE_WITHIN_ONE = frozenset(("Div", "Reciprocal", "Mul", "Pow", "Sqrt", "Exp", "Clamp", "Hardtanh", "Minimum", "Maximum"))
+_MOVING = frozenset(
+    ("Alias", "AsStrided", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Squeeze", "T",
+     "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")
+)  # fmt: skip
+MANY = 16  # values that all lie in 0..1, and would by chance once in 2^16 if logits are as often negative
+
+
+def last_operation(model: nn.Module, image: Tensor) -> torch.autograd.graph.Node | None:
+    """The node of the last operation of a network that changes values, if autograd sees it. image: [1, C, H, W]."""
+    model = writable(model)
+    count = fixed_batch(model) or 1
+    with kept(model) as held, held.watching(), torch.enable_grad(), as_nodes(True, []):
+        output = model(image.expand(count, -1, -1, -1).clone().requires_grad_())
+    node = output.grad_fn
+    while node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in _MOVING:
+        node = node.next_functions[0][0]
+    return node
 
 
 Parts = list  # scores, labels and activation of some rows, each a tensor [rows] or None where it is not measured
@@ -46,12 +70,20 @@ class Answers:
     targets: [N] int64; where none were given, filled with each image's own top class by the clean pass.
     """
 
-    def __init__(self, score: str | Callable[[object], Tensor], targets: object, images: Tensor):
-        self.score = score
+    def __init__(
+        self,
+        score: str | Callable[[object], Tensor],
+        targets: object,
+        images: Tensor,
+        last: Callable[[], torch.autograd.graph.Node | None] = lambda: None,
+    ):
+        """last: finds the node of the network's last operation, as `last_operation` does."""
+        self.score, self.last = score, last
         self.chosen = targets is None
         self.targets = None if targets is None else indices("targets", targets, images)
         self.count, self.device = len(images), images.device
         self.checked = False  # whether clean outputs that say what they are were looked at
+        self.within = 0  # values of those so far that lie in 0..1
 
     def read(self, output: object, owners: Tensor, clean: bool) -> tuple[Tensor, Tensor | None]:
         rows = len(owners)
@@ -71,8 +103,7 @@ class Answers:
             )
         logits = output.to(torch.promote_types(output.dtype, torch.float32))
         if clean and not self.checked:  # no more than it takes, since each time waits for a GPU
-            self._check(logits, output.dtype)
-            self.checked = rows > 0 and bool(logits.isfinite().all())
+            self.checked = self._check(logits, output.dtype)
         labels = logits.argmax(1)
         self._choose(labels, owners, clean)
         values = logits.softmax(1) if self.score == "probability" else logits
@@ -84,7 +115,8 @@ class Answers:
                 self.targets = torch.zeros(self.count, dtype=torch.int64, device=self.device)
             self.targets[owners] = labels
 
-    def _check(self, logits: Tensor, dtype: torch.dtype) -> None:
+    def _check(self, logits: Tensor, dtype: torch.dtype) -> bool:
+        """Refuses outputs that are no logits; whether they say that they are some."""
         classes = logits.shape[1]
         if self.score == "probability" and classes == 1:
             raise ArgumentError(
@@ -99,6 +131,32 @@ class Answers:
             )
         if not self.chosen and self.count and int(self.targets.max()) >= classes:
             raise UnitNotFound(f"targets: class {int(self.targets.max())}; expected 0 to {classes - 1}")
+        if not len(logits) or not logits.isfinite().all():
+            return False
+        if self.score != "probability" or not ((logits >= 0) & (logits <= 1)).all():
+            return True
+        likely = self._last_is_within()
+        self.within += logits.numel()
+        if likely or (likely is None and self.within >= MANY):
+            raise ArgumentError(
+                "score: 'probability' takes the softmax of logits, and the network's outputs all lie in 0..1, as a "
+                "sigmoid's do; expected score='logit', which takes them as they are, or a callable that turns "
+                "outputs into scores"
+            )
+        return likely is not None
+
+    def _last_is_within(self) -> bool | None:
+        """Whether the network's last operation cannot leave 0..1; None where that is not known.
+
+        Values alone do not say so: the logits of a few classes may all lie in there. A sigmoid cannot leave 0..1; what
+        one may be spelled out with might not either, and is believed to be one where values are many; anything else, a
+        linear layer above all, can.
+        """
+        node = self.last()
+        if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return None
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        return None if kind in _MAYBE_WITHIN_ONE else kind in _WITHIN_ONE
 
     def _called(self, output: object, rows: int) -> Tensor:
         scores = self.score(output)
@@ -122,7 +180,7 @@ class FeatureTotals:
             raise ArgumentError(f"feature: {feature!r}; expected a pair (layer, unit)")
         layer, unit = feature
         name, self.call = resolve_layer(model, layer)
-        self.module = model.get_submodule(name)
+        self.module = observable(model, name)
         self.layer = repr(name if self.call is None else f"{name}@{self.call}")
         self.chosen = unit is None
         if unit is None:
@@ -200,7 +258,7 @@ def indices(name: str, value: object, images: Tensor) -> Tensor:
     """Class or unit indices as int64 [N] on the images' device; one int is every image's."""
     count = len(images)
     try:
-        index = torch.as_tensor(value)
+        index = value if isinstance(value, Tensor) else torch.as_tensor(value, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints") from error
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():

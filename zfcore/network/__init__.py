@@ -1,13 +1,14 @@
 """Reads a network into stages with receptive-field geometry."""
 
 from zfcore.network.geometry import Field, Window
-from zfcore.network.guard import arithmetic, evaluating, exact_arithmetic, observing
-from zfcore.network.layers import resolve_layer
+from zfcore.network.guard import Kept, arithmetic, evaluating, exact_arithmetic, kept, observing
+from zfcore.network.layers import fixed_batch, resolve_layer
 from zfcore.network.reader import Network, read_network
 from zfcore.network.stages import Rectifier, Stage, scale_of
 
 __all__ = [
     "Field",
+    "Kept",
     "Network",
     "Rectifier",
     "Stage",
@@ -15,6 +16,8 @@ __all__ = [
     "arithmetic",
     "evaluating",
     "exact_arithmetic",
+    "fixed_batch",
+    "kept",
     "observing",
     "read_network",
     "resolve_layer",

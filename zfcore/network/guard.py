@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import random
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _lock = threading.RLock()  # a finaliser that the collector runs inside may need it too
 _holds: dict[int, _Hold] = {}  # by the id of the module, which lives as long as it is held
@@ -81,6 +87,221 @@ def observing(module: nn.Module, see: Callable[[object], None]) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+# ---- What a model keeps ------------------------------------------------------------------------------------
+
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_keeps: dict[int, Kept] = {}  # by the id of the model, which lives as long as it is held
+
+
+def _random_state() -> Callable[[], None]:
+    """What sets every generator that a model may draw from to where it is now."""
+    states = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (numpy.random.set_state, numpy.random.get_state(legacy=False)),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+
+    def restore() -> None:
+        for put, state in states:
+            put(state)
+
+    return restore
+
+
+def _refill(container: dict | list | set | deque, before: dict | list | set) -> None:
+    """Gives a container what it held, writing no more than it has to: other threads may read it."""
+    if isinstance(container, set):
+        if container != before:
+            container.clear()
+            container.update(before)
+        return
+    now, held = (container, before) if isinstance(before, list) else (container.values(), before.values())
+    if len(now) == len(held) and all(map(operator.is_, now, held)):
+        return
+    if isinstance(before, list):
+        container.clear()
+        container.extend(before)
+        return
+    for name in [name for name in container if name not in before]:
+        del container[name]
+    for name, value in before.items():
+        if name not in container or container[name] is not value:
+            container[name] = value
+    if list(container) != list(before):
+        container.clear()
+        container.update(before)
+
+
+class Kept:
+    """What a model's modules hold, the random state of the process, and values from before they are written."""
+
+    def __init__(self, model: nn.Module):
+        self.count = 0  # of the calls that hold it
+        self.containers: list[tuple] = []  # each, and what it held
+        self.empty: list = []  # containers that held nothing
+        self.hooks: list[tuple[dict, dict]] = []  # likewise, forward hooks but for observers, which come and go
+        self.tensors: list[tuple[Tensor, bool]] = []  # each, and its requires_grad
+        self.grads: list[tuple[Tensor, Tensor | None]] = []  # of parameters
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: its bytes, and a copy of them
+        self.storages: set[int] | None = None  # of the tensors; found when the first one is written
+        self.seen: set[int] = set()
+        for module in model.modules():
+            self.keep_module(module)
+        self.random = _random_state()
+
+    def keep_module(self, module: nn.Module) -> None:
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        attributes = module.__dict__
+        self.containers.append((attributes, attributes.copy()))
+        rest = []
+        for name, value in attributes.items():
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if kind in _CONTAINERS and not value:  # most of what an nn.Module has
+                if name != "_forward_hooks":
+                    self.empty.append(value)
+            elif kind is dict and name in ("_parameters", "_buffers"):
+                self.containers.append((value, value.copy()))
+                parameters = name == "_parameters"
+                for tensor in value.values():
+                    if tensor is not None:
+                        self.tensors.append((tensor, tensor.requires_grad))
+                        if parameters:
+                            self.grads.append((tensor, tensor.grad))
+            elif kind is dict and name == "_modules":
+                self.containers.append((value, value.copy()))
+            elif name != "_forward_hooks":
+                rest.append(value)
+        hooks = attributes["_forward_hooks"]
+        self.hooks.append((hooks, {key: hook for key, hook in hooks.items() if not isinstance(hook, Observer)}))
+        if rest:
+            self.keep(rest, type(module).__module__.partition(".")[0])
+
+    def keep(self, values: list, package: str) -> None:
+        """Values that a module of a package holds, and what is in them."""
+        while values:
+            value = values.pop()
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if isinstance(value, dict):
+                if id(value) not in self.seen:
+                    self.seen.add(id(value))
+                    self.containers.append((value, dict(value)))
+                    values.extend(value.values())
+            elif isinstance(value, Tensor):
+                self.tensors.append((value, value.requires_grad))
+            elif isinstance(value, list | set | deque):
+                if id(value) not in self.seen:
+                    self.seen.add(id(value))
+                    self.containers.append((value, set(value) if isinstance(value, set) else list(value)))
+                    values.extend(value)
+            elif isinstance(value, tuple):
+                values.extend(value)
+            elif isinstance(value, nn.Module):
+                self.keep_module(value)
+            elif kind is SimpleNamespace or package != "torch" and kind.__module__.partition(".")[0] == package:
+                values.append(getattr(value, "__dict__", None))  # an object of the model's own code
+
+    def watching(self) -> contextlib.AbstractContextManager:
+        """Runs operations so that the values of tensors that the model held are kept when they are written to."""
+        return _Writes(self)
+
+    def save(self, tensor: Tensor) -> None:
+        """Called before a tensor is written to."""
+        if not _has_storage(tensor):
+            return
+        if self.storages is None:
+            self.storages = {t.untyped_storage()._cdata for t, _ in self.tensors if _has_storage(t)}
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.storages and storage._cdata not in self.written:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            self.written[storage._cdata] = whole, whole.clone()
+
+    def restore(self) -> None:
+        for container, before in self.containers:
+            _refill(container, before)
+        for container in self.empty:
+            if container:
+                container.clear()
+        for hooks, before in self.hooks:
+            if hooks or before:
+                _refill(hooks, before | {key: hook for key, hook in hooks.items() if isinstance(hook, Observer)})
+        for tensor, requires_grad in self.tensors:
+            if tensor.requires_grad and not requires_grad and not tensor._is_view():
+                tensor.detach_()  # written to under autograd
+            elif tensor.requires_grad != requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+        for parameter, grad in self.grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        with torch.inference_mode():  # which may write to tensors of either kind
+            for whole, values in self.written.values():
+                whole.copy_(values)
+        self.random()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
+
+
+class _Writes(TorchDispatchMode):
+    """Shows tensors to a `Kept` before an operation writes to them, in this thread only."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: Kept):
+        super().__init__()
+        self.kept = kept
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes a second, to have this mode skipped by it
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        schema = getattr(function, "_schema", None)  # higher order operators have none
+        if schema is not None and schema.is_mutable:
+            for index, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[index] if index < len(args) else kwargs.get(argument.name)
+                    for each in value if isinstance(value, list | tuple) else (value,):
+                        if isinstance(each, Tensor):
+                            self.kept.save(each)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module) -> Iterator[Kept]:
+    """Whatever runs inside, the model's attributes and containers, and the random state, are afterwards as before.
+
+    The values of its tensors too, where they are written to in ``watching()`` of what this gives. Where threads share
+    the model, that is when the last call that holds it ends.
+    """
+    with _lock:
+        kept = _keeps.get(id(model))
+        if kept is None:
+            kept = _keeps[id(model)] = Kept(model)
+        kept.count += 1
+    try:
+        yield kept
+    finally:
+        with _lock:
+            kept.count -= 1
+            if kept.count == 0:
+                del _keeps[id(model)]
+                kept.restore()
+
+
+# ---- Arithmetic --------------------------------------------------------------------------------------------
 
 
 class _Products:
@@ -161,20 +382,3 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     else:
         with exact_arithmetic(device):
             yield
-
-
-class _Kept:
-    def watching(self):
-        return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def kept(model: nn.Module) -> Iterator[_Kept]:
-    before = [(d, d.copy()) for m in model.modules() for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
-    try:
-        yield _Kept()
-    finally:
-        for now, then in before:
-            if len(now) != len(then) or any(now.get(k) is not v for k, v in then.items()):
-                now.clear()
-                now.update(then)

@@ -1,10 +1,11 @@
-"""Layers by name."""
+"""What a model says of itself: its layers by name, and how many images it takes."""
 
 from __future__ import annotations
 
 import difflib
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zfcore.errors import LayerNotFound
 
@@ -42,3 +43,11 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, int | 
     raise LayerNotFound(
         f"layer={layer!r}: the model has no such module; the nearest names are {', '.join(near)}"
     )
+
+
+def fixed_batch(model: nn.Module) -> int | None:
+    """How many images a model takes at a time, if that is one number: of an exported program."""
+    if not isinstance(model, torch.fx.GraphModule):
+        return None
+    value = next((node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"), None)
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() and type(value.shape[0]) is int else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from torch.utils import _pytree as pytree
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
 from zfcore.network.geometry import Field
 from zfcore.network.guard import Observer, observing
-from zfcore.network.layers import resolve_layer
-from zfcore.network.record import OTHER_IMAGES, Record, alike
+from zfcore.network.layers import fixed_batch, resolve_layer
+from zfcore.network.record import IMAGES, OTHER_IMAGES, Record, alike
 from zfcore.network.stages import Stage
 from zfcore.network.values import Loose, Unread
 
@@ -30,6 +31,10 @@ class Network:
     stages: list[Stage]
     calls: dict[nn.Module, list[object]]
     rebuild: Callable[[Tensor], object] | None = None
+
+    def returned(self, rows: Tensor) -> object:
+        """What the model returns, of the last stage's values."""
+        return rows if self.rebuild is None else self.rebuild(rows)
 
     @property
     def layer(self) -> Stage:
@@ -120,18 +125,18 @@ def read_network(
 
 
 def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tensor | None, gradient: bool) -> Record:
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        parameter = next((b for b in model.buffers() if b.is_floating_point()), torch.empty(0))
+    tensors = itertools.chain(model.parameters(), model.buffers(), () if example is None else (example,))
+    parameter = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
     hooked = _hooked(model)
     if hooked is not None and (example is None or not len(example)):
         name = next(name for name, module in model.named_modules() if module is hooked)
         raise UnsupportedOperation(f"'{name}' ({type(hooked).__name__}) has hooks, which may change what it computes")
     place = (model, image_shape, parameter.dtype, parameter.device, gradient, example[:1] if hooked is not None else None)
+    fixed = fixed_batch(model)
     with torch.inference_mode(False):
-        record = Record(*place)
+        record = Record(*place, fixed or IMAGES)
         record.run()
-        if record.count_used and not isinstance(record.failure, ShapeError):
+        if fixed is None and record.count_used and not isinstance(record.failure, ShapeError):
             for images in OTHER_IMAGES if record.count_compared else OTHER_IMAGES[:1]:
                 other = Record(*place, images)
                 other.run()
