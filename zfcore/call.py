@@ -134,6 +134,7 @@ def checked_images(images: Tensor) -> Tensor:
     return images if images.dim() == 4 else images[None]
 
 
+# What torch's errors about shapes have in common.
 _SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|channels?|dimensions?|dim|elements|groups)\b", re.IGNORECASE)
 
 
@@ -144,7 +145,9 @@ def fitting(images: Tensor) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, AssertionError) as error:
         guarded = isinstance(error, AssertionError) and "Guard failed" in str(error)  # by an exported program
-        plain = type(error) in (RuntimeError, ValueError) and _SHAPE_WORDS.search(str(error))
+        # What torch says of strides is about a layout that a view does not fit.
+        words = "" if "stride" in str(error) else str(error)
+        plain = type(error) in (RuntimeError, ValueError) and _SHAPE_WORDS.search(words)
         if not (guarded or plain):
             raise
         raise ShapeError(

@@ -280,7 +280,8 @@ def test_what_is_no_rectifier_has_its_gradient(function):
 def test_exported_programs(batch, rule):
     plain = randomise(
         nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ReLU6(), nn.AvgPool2d(2), nn.Conv2d(5, 4, 1)
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ReLU6(), nn.AvgPool2d(2),
+            nn.Conv2d(5, 4, 1),
         )  # fmt: skip
     )
     images = torch.randn(3, 3, 16, 16)

@@ -23,7 +23,9 @@ from zfcore.network import fixed_batch, kept, resolve_layer, Network, Stage
 # By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
 # those that change no value.
 _WITHIN_ONE = frozenset(("Sigmoid", "Hardsigmoid", "Softmax"))
-_MAYBE_WITHIN_ONE = frozenset(("Div", "Reciprocal", "Mul", "Pow", "Sqrt", "Exp", "Clamp", "Hardtanh", "Minimum", "Maximum"))
+_MAYBE_WITHIN_ONE = frozenset(
+    ("Clamp", "Div", "Exp", "Hardtanh", "Maximum", "Minimum", "Mul", "Pow", "Reciprocal", "Sqrt")
+)
 _MOVING = frozenset(
     ("Alias", "AsStrided", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Squeeze", "T",
      "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")

@@ -48,7 +48,7 @@ def put_rules(output: Tensor, leaf: Tensor, rule: str, overlap: str, plain: list
         if "DifferentiableGraph" in name:
             raise Hidden("TorchScript hides operations; expected a model of Python functions and modules")
         if "CompiledFunction" in name:
-            raise UnsupportedOperation("a compiled part of the model hides its operations; expected one that runs eagerly")
+            raise UnsupportedOperation("a compiled part of the model hides its operations; expected one that is not")
         rectifier = None if node in plain else _rectifier(name, node)
         if rectifier is not None:
             node.register_hook(_rectified(node, rectifier, rule))
@@ -146,7 +146,7 @@ _POOLS = {
 
 
 def flush_torchscript(model: nn.Module) -> None:
-    """Has TorchScript's functions, and a model's TorchScript modules, forget how they ran: as nodes of several operations."""
+    """Has TorchScript's functions, and a model's TorchScript modules, forget that they run operations as one node."""
     compiled = list(torch.jit._state._python_cu.get_functions())
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -178,8 +178,8 @@ _SPLITS = frozenset(("split", "split_with_sizes", "chunk", "unbind", "tensor_spl
 class _AsNodes(TorchFunctionMode):
     """Runs the few operations otherwise that would not be nodes of the graph that a rule can be put on.
 
-    Contrast normalisation is many operations. A rectifier that works in place on a view of a map is inside the node that
-    writes the view back. (All of it in this thread only.)
+    Contrast normalisation is many operations. A rectifier that works in place on a view of a map is inside the node
+    that writes the view back. This thread alone is affected.
     """
 
     def __init__(self, apart: bool, plain: list):
