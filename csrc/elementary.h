@@ -54,7 +54,7 @@ inline Floats polynomial(Floats x, const float (&c)[N]) {
 template <class V>
 inline V at_most(V v, double bound) {
   const V high = number<V>(bound);
-  return v > high ? high : v;
+  return high < v ? high : v;
 }
 template <class V>
 inline V at_least(V v, double bound) {
@@ -100,14 +100,22 @@ inline Power power_of(Floats x) {
 }
 inline Floats two_to(Lanes power) { return floats_of((power << 23) + 0x3f800000); }  // 0 of -127, infinity of 128
 
-// e^x, zero below 2^-126 and infinity above 2^127.5.
+// e^x for x up to 88; zero below 2^-126.
 inline Floats exponential(Floats x) {
-  const Power p = power_of(at_least(at_most(x, 89), -88));
+  const Power p = power_of(at_least(x, -88));
   return (p.rest + 1.0f) * two_to(p.power);
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// The same with all that float has: subnormal numbers, and what lies above 2^127.5.
+// 1 + e^x, rounded once; infinity from x = 88 on.
+inline Floats one_plus_exponential(Floats x) {
+  const Power p = power_of(at_least(x > splat(88.0f) ? splat(89.0f) : x, -88));
+  const Floats scale = two_to(p.power);
+  return multiply_add(p.rest, scale, scale + 1.0f);
+}
+inline double one_plus_exponential(double x) { return 1 + std::exp(x); }
+
+// e^x, with all that float has.
 inline Floats full_exponential(Floats x) {
   const Power p = power_of(at_least(at_most(x, 89), -104));
   const Lanes power = p.power - 0x4b400000, half = power >> 1;
@@ -134,10 +142,14 @@ inline Floats log_one_plus(Floats t) {
 }
 inline double log_one_plus(double t) { return std::log1p(t); }
 
-// tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1, and x's sign. It is 1 from 9.02 on.
+// tanh(x) = x + x^3 p(x^2) near zero, of error 1e-9; further out 1 - 2 / (1 + exp(2 |x|)), and x's sign.
 inline Floats tangent(Floats x) {
-  const Floats t = at_most(magnitude(x), 10), e = exponential_less_one(t + t);
-  return floats_of(bits_of(e / (e + 2.0f)) | (bits_of(x) & int32_t(0x80000000)));
+  const Floats t = magnitude(x), square = x * x;
+  const Floats p = polynomial(square, {-0.333333224f, 0.133329988f, -0.0539309457f, 0.0216695536f, -0.00827567745f,
+                                       0.00259281578f, -0.000459078146f});
+  const Floats far = 1.0f - 2.0f / one_plus_exponential(t + t);
+  const Floats signed_far = floats_of(bits_of(far) | (bits_of(x) & int32_t(0x80000000)));
+  return t > splat(0.9f) ? signed_far : multiply_add(x * square, p, x);
 }
 inline double tangent(double x) { return std::tanh(x); }
 

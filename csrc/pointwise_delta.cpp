@@ -24,7 +24,7 @@ namespace {
 struct Sigmoid {
   template <class V>
   V operator()(V x) const {
-    return number<V>(1) / (exponential(-x) + number<V>(1));
+    return number<V>(1) / one_plus_exponential(-x);
   }
 };
 
@@ -38,7 +38,7 @@ struct Tanh {
 struct Silu {
   template <class V>
   V operator()(V x) const {
-    return x / (exponential(-x) + number<V>(1));
+    return x / one_plus_exponential(-x);
   }
 };
 
@@ -68,7 +68,7 @@ struct GeluTanh {
   template <class V>
   V operator()(V x) const {
     const V u = x * (number<V>(-1.5957691216057308) + number<V>(-0.071354816272600251) * (x * x));
-    return x / (exponential(u) + number<V>(1));
+    return x / one_plus_exponential(u);
   }
 };
 
