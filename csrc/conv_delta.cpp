@@ -547,6 +547,15 @@ struct Depthwise {
     const T *value, *filter;
   };
 
+  // The row of the patch that comes next, brought near while another is multiplied.
+  struct Ahead {
+    const char *next, *end;
+    int64_t slice;
+    void bring() {
+      for (const char* stop = std::min(next + slice, end); next < stop; next += 64) __builtin_prefetch(next, 0, 3);
+    }
+  };
+
   explicit Depthwise(const ConvDelta& op) : op(op) {}
 
   static int64_t bytes(const View& weight) {
@@ -601,16 +610,29 @@ struct Depthwise {
           under[found++] = {ring + dy % rows * columns * pitch,
                             static_cast<const T*>(op.filters) + i * conv.kernel[1] * filled};
       }
-      for (int64_t c = 0; c < channels; c += chunk) outputs<most_outputs>(b, y, 0, op.out.w(), c, under, found);
+      Ahead ahead = after(b, next);
+      for (int64_t c = 0; c < channels; c += chunk) outputs<most_outputs>(b, y, 0, op.out.w(), c, under, found, &ahead);
     }
+  }
+
+  Ahead after(int64_t b, int64_t next) const {
+    if (next >= op.delta.h()) ++b, next = 0;
+    if (b >= op.delta.n()) return {nullptr, nullptr, 0};
+    const char* const row = reinterpret_cast<const char*>(at<T>(op.delta, b, 0, next, 0));
+    const int64_t size = ((op.delta.w() - 1) * op.delta.stride[3] + channels) * int64_t(sizeof(T));
+    return {row, row + size, up(size, up(channels, chunk) * up(op.out.w(), most_outputs) * 64) * 64};
   }
 
   // Of a row of outputs those from x on, `left` of them, as many at once as there can be.
   template <int N>
-  void outputs(int64_t b, int64_t y, int64_t x, int64_t left, int64_t c, const Row* under, int64_t found) const {
-    for (; left >= N; x += N, left -= N) multiply<N>(b, y, x, c, under, found);
+  void outputs(int64_t b, int64_t y, int64_t x, int64_t left, int64_t c, const Row* under, int64_t found,
+               Ahead* ahead) const {
+    for (; left >= N; x += N, left -= N) {
+      ahead->bring();
+      multiply<N>(b, y, x, c, under, found);
+    }
     if constexpr (N > 1)
-      if (left > 0) outputs<N - 1>(b, y, x, left, c, under, found);
+      if (left > 0) outputs<N - 1>(b, y, x, left, c, under, found, ahead);
   }
 
   // A chunk of channels of N neighbouring outputs.
