@@ -14,7 +14,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from zfcore.kernels import _places, conv_delta, conv_delta_depthwise, lrn_delta, pointwise_delta, pool_delta, relu_delta
-from zfcore.reference.pointwise_delta import FUNCTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INDICES = ("image", "boxes", "origin", "out_origin")
@@ -149,7 +148,7 @@ def main(capability: int) -> list[dict]:
         "relu_delta": (relu_delta.relu_delta_kernel, _places.CONFIGS, {"HAS_SLOPE": False}),
         **{
             f"pointwise_delta {name}": (pointwise_delta.pointwise_delta_kernel, _places.CONFIGS, {"NAME": name})
-            for name in FUNCTIONS
+            for name in ("gelu", "softplus", "tanh", "sqrt")  # the longest ones
         },
     }
     for name, (kernel, configs, extra) in others.items():
