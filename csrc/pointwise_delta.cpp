@@ -2,9 +2,9 @@
 //
 // Least traffic, in float32: 4 bytes of the change in and 4 of the result out (which may lie over the change) for each
 // value; the clean values, 4 more, are read where they lie and shared by all patches of a picture.
-// Operations on a value, both of f and the difference, a multiply-add counted as two:
-//   square 4, abs 4, hardsigmoid 10, hardswish 12, sqrt 4, exp 42, sigmoid 42, silu 42, tanh 48, elu 46, gelu_tanh 54,
-//   mish 50, gelu 72, softplus 92; of these sqrt has two roots and sigmoid, silu, tanh, gelu_tanh, mish two divisions.
+// Operations on a value, both of f and the difference, a multiply-add counted as two: square, abs and sqrt 4, hardswish and
+// hardsigmoid 11, exp, sigmoid and silu 42, elu 46, mish 50, gelu_tanh 54, tanh and gelu 72, softplus 92. sqrt has two roots
+// among them; sigmoid, silu, tanh, gelu_tanh, mish and softplus two divisions. docs/occlusion.md has what is reached.
 //
 // f is worked out twice a value, with the same instructions, so that what does not change gives exactly zero. For that
 // this file is compiled without contraction: a product of f fused with the difference would round differently.
