@@ -540,7 +540,8 @@ struct Depthwise {
   const int64_t columns = (op.out.w() - 1) * conv.stride[1] + conv.dilation[1] * (conv.kernel[1] - 1) + 1;
   const int64_t rows = conv.dilation[0] * (conv.kernel[0] - 1) + 1;
   const int64_t step = conv.stride[1] * pitch, tap_step = conv.dilation[1] * pitch;
-  const int64_t chunk = std::max(int64_t(1), ring_bytes / (conv.kernel[0] * columns * lanes * int64_t(sizeof(T)))) * lanes;
+  const int64_t vector_ring = conv.kernel[0] * columns * lanes * int64_t(sizeof(T));
+  const int64_t chunk = std::max(int64_t(1), ring_bytes / vector_ring) * lanes;
 
   // A row of the patch under a row of filters.
   struct Row {
@@ -563,7 +564,8 @@ struct Depthwise {
   }
 
   static bool pack(const View& weight, const T* scale, T* filters) {
-    const int64_t taps = weight.size[2] * weight.size[3], channels = weight.size[0], filled = up(channels, lanes) * lanes;
+    const int64_t taps = weight.size[2] * weight.size[3], channels = weight.size[0];
+    const int64_t filled = up(channels, lanes) * lanes;
     std::memset(filters, 0, size_t(bytes(weight)));
     T poison = 0;  // NaN once anything is not finite
     for (int64_t c = 0; c < channels; ++c)
@@ -601,7 +603,8 @@ struct Depthwise {
       next = std::max(next, top);
       for (; next < std::min(top + rows, op.delta.h()); ++next) {
         T* const row = ring + next % rows * columns * pitch;
-        for (int64_t x = begin; x < end; ++x) std::copy_n(at<T>(op.delta, b, 0, next, left + x), channels, row + x * pitch);
+        for (int64_t x = begin; x < end; ++x)
+          std::copy_n(at<T>(op.delta, b, 0, next, left + x), channels, row + x * pitch);
       }
       int64_t found = 0;
       for (int64_t i = 0; i < conv.kernel[0]; ++i) {
@@ -655,10 +658,10 @@ struct Depthwise {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         T* const to = out + n * op.out.stride[3] + c;
-        const T* const z = clean + n * op.clean.stride[3] + c;
+        const T* const z = clean ? clean + n * op.clean.stride[3] + c : nullptr;
         if (some == lanes && clean) {
-          const V before = load_vector(z);
-          store_vector(to, V(rectified_vector<T>(op.rectifier, before + sum[n]) - rectified_vector<T>(op.rectifier, before)));
+          const V before = load_vector(z), after = rectified_vector<T>(op.rectifier, before + sum[n]);
+          store_vector(to, V(after - rectified_vector<T>(op.rectifier, before)));
         } else if (some == lanes) {
           store_vector(to, sum[n]);
         } else {

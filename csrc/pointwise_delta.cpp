@@ -2,9 +2,9 @@
 //
 // Least traffic, in float32: 4 bytes of the change in and 4 of the result out (which may lie over the change) for each
 // value; the clean values, 4 more, are read where they lie and shared by all patches of a picture.
-// Operations on a value, both of f and the difference, a multiply-add counted as two: square, abs and sqrt 4, hardswish and
-// hardsigmoid 11, exp, sigmoid and silu 42, elu 46, mish 50, gelu_tanh 54, tanh and gelu 72, softplus 92. sqrt has two roots
-// among them; sigmoid, silu, tanh, gelu_tanh, mish and softplus two divisions. docs/occlusion.md has what is reached.
+// Operations on a value, both of f and the difference, a multiply-add counted as two: abs 2, square and sqrt 4,
+// hardsigmoid 6, hardswish 8, exp 44, sigmoid, silu and elu 46, mish 52, gelu_tanh 54, gelu 80, tanh 84, softplus 96. Two of
+// them are roots in sqrt, divisions in all others but abs, square, exp, elu and gelu. docs/occlusion.md has what is reached.
 //
 // f is worked out twice a value, with the same instructions, so that what does not change gives exactly zero. For that
 // this file is compiled without contraction: a product of f fused with the difference would round differently.

@@ -1,4 +1,5 @@
-"""pool_delta, lrn_delta, relu_delta and pointwise_delta against their definitions in float64: drawn shapes, borders, layouts, values.
+"""pool_delta, lrn_delta, relu_delta and pointwise_delta against their definitions in float64: drawn shapes, borders,
+layouts, values.
 
 ZFCORE_FUZZ_EXAMPLES sets how many samples of each op are drawn.
 """
@@ -287,7 +288,8 @@ def test_a_function_is_as_exact_as_torchs(name, backend):
 @pytest.mark.parametrize("backend", [name for name in present() if name.startswith("cpu")])
 def test_a_function_of_numbers_at_the_ends_of_float(name, backend):
     """Beside torch's own in float32, which overflows where ours has to; the smallest numbers may be taken for zero."""
-    ends = torch.tensor([0, 1e-45, 1e-38, 1e-20, 1e-8, 0.5, 9, 16, 20, 87, 88.1, 88.6, 88.8, 103, 104, 1e5, 1e19, 1e38, torch.inf])
+    small, middle = [0, 1e-45, 1e-38, 1e-20, 1e-8, 0.5], [9, 16, 20, 87, 88.1, 88.6, 88.8, 103, 104]
+    ends = torch.tensor([*small, *middle, 1e5, 1e19, 1e38, torch.inf])
     x = torch.cat((ends, -ends, torch.tensor([torch.nan] * 31)))
     x = x[x >= 0] if name == "sqrt" else x
     x = x.repeat(33)
