@@ -1,4 +1,5 @@
-"""Each product of ZFNet on what a box changes, beside the same in dense PyTorch, with its roofline.
+"""Each product of ZFNet on what a box changes, and functions of each value, beside the same in dense PyTorch, with its
+roofline.
 
 The changes are the network's own: a box of 32 pixels, moved by 8 (on a GPU by 4), on a picture of noise; weights are the
 initial ones. PyTorch gets what lies under the windows cut already, zero where nothing changed, and multiplies all of it. On
@@ -19,7 +20,9 @@ from stages import Work
 from zfcore.models import ZFNet
 from zfcore.occlusion import PRECISIONS
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, Places, conv_delta
+from zfcore.ops.pointwise_delta import pointwise_delta
 from zfcore.reference.deconv_step import cut
+from zfcore.reference.pointwise_delta import FUNCTIONS
 from zfcore.reference.relu_delta import rectified
 
 BOX = 32
@@ -35,7 +38,16 @@ def group_of(name: str, precision: str) -> str:
     return f"conv_delta {name}{'' if precision == 'exact' else f'-{precision}'} nchw"
 
 
-GROUPS = [group_of(*case) for case in CASES]
+# Of squeeze-and-excitation, EfficientNet, MobileNet, ConvNeXt.
+POINTWISE = ("sigmoid", "silu", "hardswish", "gelu")
+PATCHES = (1024 if on_gpu() else 256, 96, 24, 24)  # of maps of 112 x 112
+
+
+def pointwise_group(name: str) -> str:
+    return f"pointwise_delta {name} channels_last"
+
+
+GROUPS = [*(group_of(*case) for case in CASES), *map(pointwise_group, POINTWISE)]
 
 
 class Product(NamedTuple):
@@ -119,4 +131,42 @@ def test_conv_delta(name, precision, row, groups, benchmark):
         rows_of(product, precision),
         lambda outputs: check(outputs, precision),
         lambda: work(product, precision),
+    )
+
+
+@functools.cache
+def patches() -> tuple[torch.Tensor, torch.Tensor, Places, torch.Tensor]:
+    """Changes anywhere in one picture's map, the map, where they lie, and memory for the result."""
+    generator = torch.Generator().manual_seed(0)
+    batch, channels, size, _ = PATCHES
+    clean = torch.randn((1, channels, 112, 112), generator=generator)
+    change = torch.randn(PATCHES, generator=generator)
+    origin = torch.randint(0, 112 - size + 1, (batch, 2), generator=generator).to(device())
+    clean, change = (x.to(device()).contiguous(memory_format=torch.channels_last) for x in (clean, change))
+    places = Places(torch.zeros(batch, dtype=torch.int64, device=device()), origin, origin, (size, size))
+    return change, clean, places, torch.empty_like(change)
+
+
+def pointwise_rows(name: str) -> dict:
+    change, clean, places, out = patches()
+
+    def dense():
+        x = cut(clean, places.image, places.origin, places.size)
+        before = FUNCTIONS[name](x, 0.0, 0.0)
+        return FUNCTIONS[name](x.add_(change), 0.0, 0.0).sub_(before)
+
+    return {"pytorch": dense, "zfcore": lambda: pointwise_delta(change, clean, (name, 0.0, 0.0), places, out)}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_delta(name, row, groups, benchmark):
+    change, clean, _, out = patches()
+    groups.row(
+        benchmark,
+        pointwise_group(name),
+        row,
+        pointwise_rows(name),
+        lambda outputs: check(outputs, "exact"),
+        lambda: Work(change.nbytes + clean.nbytes + out.nbytes),
     )

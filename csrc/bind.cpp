@@ -20,6 +20,7 @@
 #include "max_pool2d_with_switches.h"
 #include "parallel.h"
 #include "paste_boxes.h"
+#include "pointwise_delta.h"
 #include "pool_delta.h"
 #include "relu_delta.h"
 #include "strongest.h"
@@ -273,6 +274,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("relu_delta_cpu", [](const ChangeTuple& c, double slope, double upper, int threads) {
     py::gil_scoped_release release;
     zf::relu_delta_cpu(change(c), {slope, upper}, threads);
+  });
+  m.def("pointwise_delta_cpu", [](const ChangeTuple& c, int function, double a, double b, int threads) {
+    py::gil_scoped_release release;
+    zf::pointwise_delta_cpu(change(c), {static_cast<zf::Function>(function), a, b}, threads);
   });
   m.def("paste_boxes_cpu", [](const PasteTuple& op, int threads) {
     py::gil_scoped_release release;

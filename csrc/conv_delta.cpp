@@ -513,7 +513,15 @@ struct Engine {
 };
 
 // A filter of its own for each channel: no product of matrices, but one of vectors over channels.
-// Filters [tap][channel].
+// Filters [tap][channel], channels filled up with zeros to whole vectors.
+//
+// Work: 2 * taps operations a value of the result, at one load of a change each. Least traffic: the patches in, the results
+// out, and the clean outputs where there is a rectifier.
+//
+// How: the rows of a patch that a row of outputs reads are kept in a ring, each with zeros left and right for what lies
+// outside of the patch, so that nothing is asked where it is multiplied. A tap's filters, loaded once, serve up to eight
+// neighbouring outputs, whose sums stay in registers from the first tap to the rectifier. Channels are taken in chunks of
+// which the whole ring stays in the first-level cache. Sums run over taps in order, so the bits are always the same.
 bool is_depthwise(int64_t outputs, int64_t inputs, int64_t groups) {
   return groups > 1 && inputs == 1 && outputs == groups;
 }
@@ -521,73 +529,151 @@ bool is_depthwise(int64_t outputs, int64_t inputs, int64_t groups) {
 template <class T>
 struct Depthwise {
   typedef typename Vec<T>::type V;
-  static constexpr int lanes = Vec<T>::lanes;
+  static constexpr int64_t lanes = Vec<T>::lanes, line = 64 / int64_t(sizeof(T));
+  static constexpr int most_outputs = 8;
+  static constexpr int64_t ring_bytes = 24 << 10;  // of a chunk of channels
 
   const ConvDelta& op;
+  const Window& conv = op.conv;
+  const int64_t channels = op.out.c(), filled = up(channels, lanes) * lanes;
+  const int64_t pitch = (up(channels, line) | 1) * line;  // of pixels in the ring: neighbours in other sets of a cache
+  const int64_t columns = (op.out.w() - 1) * conv.stride[1] + conv.dilation[1] * (conv.kernel[1] - 1) + 1;
+  const int64_t rows = conv.dilation[0] * (conv.kernel[0] - 1) + 1;
+  const int64_t step = conv.stride[1] * pitch, tap_step = conv.dilation[1] * pitch;
+  const int64_t vector_ring = conv.kernel[0] * columns * lanes * int64_t(sizeof(T));
+  const int64_t chunk = std::max(int64_t(1), ring_bytes / vector_ring) * lanes;
+
+  // A row of the patch under a row of filters.
+  struct Row {
+    const T *value, *filter;
+  };
+
+  // The row of the patch that comes next, brought near while another is multiplied.
+  struct Ahead {
+    const char *next, *end;
+    int64_t slice;
+    void bring() {
+      for (const char* stop = std::min(next + slice, end); next < stop; next += 64) __builtin_prefetch(next, 0, 3);
+    }
+  };
+
+  explicit Depthwise(const ConvDelta& op) : op(op) {}
+
+  static int64_t bytes(const View& weight) {
+    return weight.size[2] * weight.size[3] * up(weight.size[0], lanes) * lanes * int64_t(sizeof(T));
+  }
 
   static bool pack(const View& weight, const T* scale, T* filters) {
     const int64_t taps = weight.size[2] * weight.size[3], channels = weight.size[0];
+    const int64_t filled = up(channels, lanes) * lanes;
+    std::memset(filters, 0, size_t(bytes(weight)));
     T poison = 0;  // NaN once anything is not finite
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < taps; ++t) {
         const T value = static_cast<const T*>(weight.data)[c * taps + t] * (scale ? scale[c] : T(1));
-        filters[t * channels + c] = value;
+        filters[t * filled + c] = value;
         poison += value * 0;
       }
     return poison == 0;
   }
 
   void operator()(int threads) const {
-    const int64_t channels = op.out.c(), taps = op.conv.taps();
+    const int64_t ring_size = rows * columns * pitch * int64_t(sizeof(T));
     parallel_for(op.delta.n(), 1, threads, [&](int64_t begin, int64_t end) {
-      char* memory = static_cast<char*>(thread_scratch(0, (2 * taps + channels) * 8));
-      const T** const delta = reinterpret_cast<const T**>(memory);  // of each tap that lies in the patch
-      const T** const filter = delta + taps;
-      T* const sum = reinterpret_cast<T*>(memory + 2 * taps * 8);
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t y = 0; y < op.out.h(); ++y)
-          for (int64_t x = 0; x < op.out.w(); ++x) {
-            accumulate(b, y, x, delta, filter, sum);
-            finish(b, y, x, sum);
-          }
+      char* const memory = static_cast<char*>(thread_scratch(0, ring_size + conv.kernel[0] * int64_t(sizeof(Row))));
+      T* const ring = reinterpret_cast<T*>(memory);
+      std::memset(memory, 0, size_t(ring_size));
+      for (int64_t b = begin; b < end; ++b) run(b, ring, reinterpret_cast<Row*>(memory + ring_size));
     });
   }
 
-  void accumulate(int64_t b, int64_t y, int64_t x, const T** delta, const T** filter, T* sum) const {
-    const Window& conv = op.conv;
-    const int64_t *origin = op.origin + 2 * b, *corner = op.out_origin + 2 * b, channels = op.out.c();
-    const int64_t top = (corner[0] + y) * conv.stride[0] - conv.padding[0] - origin[0];
-    const int64_t left = (corner[1] + x) * conv.stride[1] - conv.padding[1] - origin[1];
-    int64_t found = 0;
-    for (int64_t i = 0; i < conv.kernel[0]; ++i) {
-      const int64_t dy = top + i * conv.dilation[0];
-      if (dy < 0 || dy >= op.delta.h()) continue;
-      for (int64_t j = 0; j < conv.kernel[1]; ++j) {
-        const int64_t dx = left + j * conv.dilation[1];
-        if (dx < 0 || dx >= op.delta.w()) continue;
-        delta[found] = at<T>(op.delta, b, 0, dy, dx);
-        filter[found++] = static_cast<const T*>(op.filters) + (i * conv.kernel[1] + j) * channels;
+  void run(int64_t b, T* ring, Row* under) const {
+    const int64_t *origin = op.origin + 2 * b, *corner = op.out_origin + 2 * b;
+    const int64_t left = corner[1] * conv.stride[1] - conv.padding[1] - origin[1];
+    const int64_t begin = std::min(std::max(-left, int64_t(0)), columns);
+    const int64_t end = std::max(std::min(op.delta.w() - left, columns), begin);  // of the columns that the patch has
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const row = ring + r * columns * pitch;
+      std::memset(row, 0, size_t(begin * pitch) * sizeof(T));
+      std::memset(row + end * pitch, 0, size_t((columns - end) * pitch) * sizeof(T));
+    }
+    int64_t next = 0;  // row of the patch to be kept
+    for (int64_t y = 0; y < op.out.h(); ++y) {
+      const int64_t top = (corner[0] + y) * conv.stride[0] - conv.padding[0] - origin[0];
+      next = std::max(next, top);
+      for (; next < std::min(top + rows, op.delta.h()); ++next) {
+        T* const row = ring + next % rows * columns * pitch;
+        for (int64_t x = begin; x < end; ++x)
+          std::copy_n(at<T>(op.delta, b, 0, next, left + x), channels, row + x * pitch);
       }
-    }
-    int64_t c = 0;
-    for (; c + lanes <= channels; c += lanes) {
-      V total{};
-      for (int64_t t = 0; t < found; ++t) total += load_vector(delta[t] + c) * load_vector(filter[t] + c);
-      store_vector(sum + c, total);
-    }
-    for (; c < channels; ++c) {
-      sum[c] = 0;
-      for (int64_t t = 0; t < found; ++t) sum[c] += delta[t][c] * filter[t][c];
+      int64_t found = 0;
+      for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+        const int64_t dy = top + i * conv.dilation[0];
+        if (dy >= 0 && dy < op.delta.h())
+          under[found++] = {ring + dy % rows * columns * pitch,
+                            static_cast<const T*>(op.filters) + i * conv.kernel[1] * filled};
+      }
+      Ahead ahead = after(b, next);
+      for (int64_t c = 0; c < channels; c += chunk) outputs<most_outputs>(b, y, 0, op.out.w(), c, under, found, &ahead);
     }
   }
 
-  void finish(int64_t b, int64_t y, int64_t x, const T* sum) const {
-    T* out = at_mut<T>(op.out, b, 0, y, x);
-    const int64_t* corner = op.out_origin + 2 * b;
-    if (op.clean.data)
-      rectify_change(op.rectifier, at<T>(op.clean, op.image[b], 0, corner[0] + y, corner[1] + x), sum, out, op.out.c());
-    else
-      std::copy_n(sum, op.out.c(), out);
+  Ahead after(int64_t b, int64_t next) const {
+    if (next >= op.delta.h()) ++b, next = 0;
+    if (b >= op.delta.n()) return {nullptr, nullptr, 0};
+    const char* const row = reinterpret_cast<const char*>(at<T>(op.delta, b, 0, next, 0));
+    const int64_t size = ((op.delta.w() - 1) * op.delta.stride[3] + channels) * int64_t(sizeof(T));
+    return {row, row + size, up(size, up(channels, chunk) * up(op.out.w(), most_outputs) * 64) * 64};
+  }
+
+  // Of a row of outputs those from x on, `left` of them, as many at once as there can be.
+  template <int N>
+  void outputs(int64_t b, int64_t y, int64_t x, int64_t left, int64_t c, const Row* under, int64_t found,
+               Ahead* ahead) const {
+    for (; left >= N; x += N, left -= N) {
+      ahead->bring();
+      multiply<N>(b, y, x, c, under, found);
+    }
+    if constexpr (N > 1)
+      if (left > 0) outputs<N - 1>(b, y, x, left, c, under, found, ahead);
+  }
+
+  // A chunk of channels of N neighbouring outputs.
+  template <int N>
+  void multiply(int64_t b, int64_t y, int64_t x, int64_t first, const Row* under, int64_t found) const {
+    const int64_t *corner = op.out_origin + 2 * b, stop = std::min(first + chunk, channels);
+    T* const out = at_mut<T>(op.out, b, 0, y, x);
+    const T* const clean = op.clean.data ? at<T>(op.clean, op.image[b], 0, corner[0] + y, corner[1] + x) : nullptr;
+    for (int64_t c = first; c < stop; c += lanes) {
+      V sum[N] = {};
+      for (int64_t i = 0; i < found; ++i) {
+        const T *value = under[i].value + x * step + c, *filter = under[i].filter + c;
+        for (int64_t j = 0; j < conv.kernel[1]; ++j, value += tap_step, filter += filled) {
+          const V f = load_vector(filter);
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) sum[n] += load_vector(value + n * step) * f;
+        }
+      }
+      const int64_t some = std::min(lanes, channels - c);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        T* const to = out + n * op.out.stride[3] + c;
+        const T* const z = clean ? clean + n * op.clean.stride[3] + c : nullptr;
+        if (some == lanes && clean) {
+          const V before = load_vector(z), after = rectified_vector<T>(op.rectifier, before + sum[n]);
+          store_vector(to, V(after - rectified_vector<T>(op.rectifier, before)));
+        } else if (some == lanes) {
+          store_vector(to, sum[n]);
+        } else {
+          T last[lanes];
+          store_vector(last, sum[n]);
+          if (clean)
+            rectify_change(op.rectifier, z, last, to, some);
+          else
+            std::copy_n(last, some, to);
+        }
+      }
+    }
   }
 };
 
@@ -599,9 +685,9 @@ void conv_delta(const ConvDelta& op, int threads) {
   const auto run = [&](const auto& engine) { engine(threads); };
   const bool depthwise = is_depthwise(op.out.c(), op.delta.c() / op.groups, op.groups);
   if (op.delta.dtype == DType::f64 && depthwise)
-    run(Depthwise<double>{op});
+    run(Depthwise<double>(op));
   else if (depthwise)
-    run(Depthwise<float>{op});
+    run(Depthwise<float>(op));
   else if (op.delta.dtype == DType::f64)
     run(Engine<double, false>(op));
   else if (op.narrow)
@@ -623,7 +709,8 @@ auto with_filters(const View& weight, int64_t groups, bool narrow, const F& f) {
 }  // namespace
 
 int64_t delta_filters_bytes(const View& weight, int64_t groups, bool narrow) {
-  if (is_depthwise(weight.size[0], weight.size[1], groups)) return weight.numel() * (weight.dtype == DType::f64 ? 8 : 4);
+  if (is_depthwise(weight.size[0], weight.size[1], groups))
+    return weight.dtype == DType::f64 ? Depthwise<double>::bytes(weight) : Depthwise<float>::bytes(weight);
   return with_filters(weight, groups, narrow, [](const auto& filters, auto*) { return filters.bytes(); });
 }
 

@@ -133,6 +133,10 @@ void relu_delta_cpu(const Change& change, const Rectifier& rectifier, int thread
   ZF_DISPATCH(relu_delta(change, rectifier, threads))
 }
 
+void pointwise_delta_cpu(const Change& change, const Pointwise& f, int threads) {
+  ZF_DISPATCH(pointwise_delta(change, f, threads))
+}
+
 void paste_boxes_cpu(const PasteBoxes& op, int threads) { ZF_DISPATCH(paste_boxes(op, threads)) }
 
 void strongest_cpu(const View& maps, const int64_t* units, int64_t count, int64_t* index, int threads) {

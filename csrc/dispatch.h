@@ -7,6 +7,7 @@
 #include "deconv_step.h"
 #include "lrn_delta.h"
 #include "paste_boxes.h"
+#include "pointwise_delta.h"
 #include "view.h"
 
 #define ZF_DECLARE_KERNELS(isa)                                                                                      \
@@ -22,6 +23,7 @@
   void pool_delta(const Change&, const Window&, int);                                                                \
   void lrn_delta(const Change&, const Lrn&, int);                                                                    \
   void relu_delta(const Change&, const Rectifier&, int);                                                             \
+  void pointwise_delta(const Change&, const Pointwise&, int);                                                        \
   void paste_boxes(const PasteBoxes&, int);                                                                          \
   void strongest(const View&, const int64_t*, int64_t, int64_t*, int);                                               \
   void conv_strongest(const ConvStrongest&, int);                                                                    \

@@ -31,9 +31,11 @@ from zfcore.ops.conv_delta import PRECISIONS, conv_delta, delta_filters  # noqa:
 from zfcore.ops.deconv_step import deconv_step  # noqa: E402
 from zfcore.ops.lrn_delta import lrn_delta  # noqa: E402
 from zfcore.ops.paste_boxes import paste_boxes  # noqa: E402
+from zfcore.ops.pointwise_delta import pointwise_delta  # noqa: E402
 from zfcore.ops.pool_delta import pool_delta  # noqa: E402
 from zfcore.ops.relu_delta import relu_delta  # noqa: E402
 from zfcore.reference._params import ConvChange, Limits, Lrn, Places, StepParams  # noqa: E402
+from zfcore.reference.pointwise_delta import FUNCTIONS  # noqa: E402
 
 # Shapes that reach each way of laying threads out: 16 bytes of channels at once, four planes, and one value a thread.
 SHAPES = ((2, 16, 13, 13), (1, 12, 9, 8), (3, 5, 9, 7))
@@ -215,7 +217,7 @@ def first_products(device: torch.device) -> Iterator[str]:
 
 
 def changes(device: torch.device) -> Iterator[str]:
-    """pool_delta, lrn_delta and relu_delta, few and many channels."""
+    """pool_delta, lrn_delta, relu_delta and pointwise_delta, few and many channels."""
     window = ((3, 3), (2, 2), (1, 1), (1, 1))
     same_size = ((1, 1), (1, 1), (0, 0), (1, 1))
     for channels in (5, 40):
@@ -237,6 +239,12 @@ def changes(device: torch.device) -> Iterator[str]:
         for limits in (Limits(), Limits(0.1, 1.0)):
             wanted = reference.relu_delta(delta.double(), x.double(), limits, places)
             close(f"relu_delta {limits}", relu_delta(own_delta, own_x, limits, moved(places, device)), wanted)
+        for name in FUNCTIONS:
+            function = (name, 1.0, 20.0)
+            maps = (delta.abs(), x.abs()) if name == "sqrt" else (delta, x)
+            wanted = reference.pointwise_delta(*(m.double() for m in maps), function, places)
+            ours = pointwise_delta(*(m.to(device) for m in maps), function, moved(places, device))
+            close(f"pointwise_delta {name}", ours, wanted)
         yield f"{channels} channels"
 
 

@@ -34,6 +34,7 @@ def test_the_suite_passes_on_the_cpus_kernels():
         ("pool_delta", "changes"),
         ("lrn_delta", "changes"),
         ("relu_delta", "changes"),
+        ("pointwise_delta", "changes"),
         ("paste_boxes", "boxes"),
         ("deconv_step", "steps"),
     ],

@@ -2,8 +2,8 @@
 // layouts, windows, overlaps, odd values, and widths and channel counts around the vectors' lengths.
 //   isa_agreement ISA [planted]     planted: spoils every result first, so each comparison must complain
 // Pooling and unpooling must agree bit for bit, as must the changes of pooled and of rectified maps; the fused step, and
-// the changes of convolved and of contrast-normalised maps, within rounding. Inputs and outputs end, or begin, at
-// an unreadable page; the bytes of an output's memory that belong to no element must stay as they were.
+// the changes of convolved and of contrast-normalised maps and of other functions, within rounding. Inputs and outputs
+// end, or begin, at an unreadable page; the bytes of an output's memory that belong to no element must stay as they were.
 // Exit status: 0 they agree, 1 they do not, 2 wrong arguments, 77 this CPU lacks the instruction set.
 #include <signal.h>
 #include <sys/mman.h>
@@ -304,12 +304,14 @@ struct Kernels {
   decltype(&zf::generic::pool_delta) pool_delta;
   decltype(&zf::generic::lrn_delta) lrn_delta;
   decltype(&zf::generic::relu_delta) relu_delta;
+  decltype(&zf::generic::pointwise_delta) pointwise_delta;
 };
 #define KERNELS(isa)                                                                                      \
   Kernels {                                                                                               \
     &zf::isa::max_pool2d_with_switches, &zf::isa::unpool_relu2d, &zf::isa::pool_gather2d,                 \
         &zf::isa::unpool_relu_conv_transpose2d, &zf::isa::delta_filters_bytes, &zf::isa::pack_delta_filters, \
-        &zf::isa::conv_delta, &zf::isa::pool_delta, &zf::isa::lrn_delta, &zf::isa::relu_delta             \
+        &zf::isa::conv_delta, &zf::isa::pool_delta, &zf::isa::lrn_delta, &zf::isa::relu_delta,            \
+        &zf::isa::pointwise_delta                                                                         \
   }
 
 std::string describe(const char* label, int64_t a, int64_t b) {
@@ -670,6 +672,14 @@ void change_case(int index, const Kernels& isa) {
   spoil_scratch();
   isa.relu_delta(change(before, r1, at.origin), rectifier, threads);
   compare("out", r0, r1, rectifier.slope == 0 ? 0 : dtype == DType::f64 ? 1e-12 : 1e-5, true, 2);
+
+  const zf::Pointwise f{zf::Function(index % int(zf::Function::count)), 0.5 + random.uniform(), 2};
+  announce(index, dtype, " pointwise_delta function " + std::to_string(int(f.function)) + shape);
+  const Map f0(dtype, deltas, out_layout, at_end), f1(dtype, deltas, out_layout, at_end);
+  zf::generic::pointwise_delta(change(before, f0, at.origin), f, threads);
+  spoil_scratch();
+  isa.pointwise_delta(change(before, f1, at.origin), f, threads);
+  compare("out", f0, f1, dtype == DType::f64 ? 1e-12 : 1e-6, true, 2);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-"""pool_delta, lrn_delta and relu_delta against their definitions in float64: drawn shapes, borders, layouts, values.
+"""pool_delta, lrn_delta, relu_delta and pointwise_delta against their definitions in float64: drawn shapes, borders,
+layouts, values.
 
 ZFCORE_FUZZ_EXAMPLES sets how many samples of each op are drawn.
 """
@@ -15,12 +16,14 @@ from changes import EXAMPLES, Sample, cast, close, same_bits
 from running import present, running_on
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DtypeError, ShapeError
 from zfcore.ops import use_backend
 from zfcore.ops.lrn_delta import lrn_delta
+from zfcore.ops.pointwise_delta import pointwise_delta
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import Limits, Lrn, Places
+from zfcore.reference.pointwise_delta import FUNCTIONS
 
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130, 600)
 RECTIFIERS = (Limits(), Limits(0.1), Limits(1.0), Limits(0.0, 0.7), Limits(0.25, 0.5))
@@ -118,7 +121,30 @@ def draw_relu(seed: int, special: bool = False) -> Sample:
     return Sample(delta, Places(image, origin, origin, patches[2:]), call)
 
 
-DRAW = {"pool_delta": draw_pool, "lrn_delta": draw_lrn, "relu_delta": draw_relu}
+PARAMETERS = {"softplus": [(1.0, 20.0), (0.5, 1.0), (3.0, 8.0)], "elu": [(1.0, 0.0), (0.3, 0.0)]}
+
+
+def draw_pointwise(seed: int, special: bool = False) -> Sample:
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    name = list(FUNCTIONS)[seed % len(FUNCTIONS)]
+    function = (name, *choose.choice(PARAMETERS.get(name, [(0.0, 0.0)])))
+    shape, patches, origin = draw_shapes(choose)
+    before, delta = draw_maps(choose, shape, patches, special)
+    image = torch.randint(0, len(before), (len(delta),))
+    if name == "sqrt" and not special:
+        before, delta = before.abs(), delta.abs()
+
+    def call(sample, out, dtype):
+        if dtype is None:
+            return pointwise_delta(sample.delta, before, function, sample.places, out)
+        return reference.pointwise_delta(cast(sample.delta, dtype), cast(before, dtype), function, sample.places)
+
+    call.clean = before
+    return Sample(delta, Places(image, origin, origin, patches[2:]), call)
+
+
+DRAW = {"pool_delta": draw_pool, "lrn_delta": draw_lrn, "relu_delta": draw_relu, "pointwise_delta": draw_pointwise}
 
 
 def largest(x) -> float:
@@ -202,9 +228,10 @@ def test_a_result_that_is_given_is_returned(op):
     assert sample.run(out) is out and same_bits(out, ours)
 
 
-def test_relu_delta_may_write_over_its_input():
+@pytest.mark.parametrize("op", ["relu_delta", "pointwise_delta"])
+def test_the_result_may_lie_over_the_change(op):
     for seed in range(12300, 12330):
-        sample = draw_relu(seed, special=seed % 2 == 0)
+        sample = DRAW[op](seed, special=seed % 2 == 0)
         ours = sample.run()
         sample.delta = sample.delta.clone(memory_format=torch.channels_last)
         if sample.delta.stride(1) == 1:
@@ -212,13 +239,75 @@ def test_relu_delta_may_write_over_its_input():
             assert torch.equal(sample.delta.nan_to_num(7), ours.nan_to_num(7))
 
 
-@pytest.mark.parametrize("op", ["pool_delta", "relu_delta"])
+@pytest.mark.parametrize("op", ["pool_delta", "relu_delta", "pointwise_delta"])
 def test_a_change_of_nothing_gives_nothing(op):
     for seed in range(12400, 12420):
         sample = DRAW[op](seed)
         for zero in (0.0, -0.0):
             sample.delta = torch.full_like(sample.delta, zero)
             assert not sample.run().any()
+
+
+# ---- How exact the functions are
+
+
+def function_of_values(name, values, change, backend):
+    """The op on values that are one map, channels of every length that leaves a part of a vector."""
+    count = len(values) // 33 * 33
+    x, d = (v[:count].view(1, -1, 1, 33).permute(0, 3, 1, 2) for v in (values, change))
+    zero = torch.zeros(1, 2, dtype=torch.int64)
+    places = Places(zero[:, 0], zero, zero, tuple(x.shape[2:]))
+    function = (name, *PARAMETERS.get(name, [(0.0, 0.0)])[0])
+    with running_on(backend):
+        ours = pointwise_delta(d, x, function, places)
+        nothing = pointwise_delta(torch.zeros_like(d), x, function, places)
+    f = FUNCTIONS[name]
+    torchs = f(x + d, *function[1:]) - f(x, *function[1:])
+    after, before = f((x + d).double(), *function[1:]), f(x.double(), *function[1:])
+    return ours, nothing, torchs, after - before, torch.maximum(after.abs(), before.abs())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", [name for name in present() if name.startswith("cpu")])
+def test_a_function_is_as_exact_as_torchs(name, backend):
+    torch.manual_seed(0)
+    for scale, change in ((1, 1), (1e-3, 1e-3), (8, 0.1), (4, 20), (40, 40)):
+        x, d = torch.randn(200_000) * scale, torch.randn(200_000) * change
+        if name == "sqrt":
+            x, d = x.abs(), d.abs()
+        if name == "exp":
+            x, d = (v.clamp(max=40) for v in (x, d))
+        ours, nothing, torchs, wanted, size = function_of_values(name, x, d, backend)
+        assert not nothing.any()
+        error = (ours - wanted).abs()
+        assert (error <= 1e-6 * size.clamp(min=1)).all()
+        assert (error / size.clamp(min=1)).max() <= 2 * ((torchs - wanted).abs() / size.clamp(min=1)).max()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", [name for name in present() if name.startswith("cpu")])
+def test_a_function_of_numbers_at_the_ends_of_float(name, backend):
+    """Beside torch's own in float32, which overflows where ours has to; the smallest numbers may be taken for zero."""
+    small, middle = [0, 1e-45, 1e-38, 1e-20, 1e-8, 0.5], [9, 16, 20, 87, 88.1, 88.6, 88.8, 103, 104]
+    ends = torch.tensor([*small, *middle, 1e5, 1e19, 1e38, torch.inf])
+    x = torch.cat((ends, -ends, torch.tensor([torch.nan] * 31)))
+    x = x[x >= 0] if name == "sqrt" else x
+    x = x.repeat(33)
+    ours, nothing, torchs, wanted, _ = function_of_values(name, torch.zeros_like(x), x, backend)
+    if name == "gelu":  # torch's own vectors make NaN of infinity, where its numbers do not
+        torchs = wanted.float()
+    assert torch.equal(ours.isnan(), torchs.isnan())
+    assert torch.equal(ours.isinf(), torchs.isinf()) and torch.equal(ours[ours.isinf()], torchs[torchs.isinf()])
+    finite = torchs.isfinite()
+    assert ((ours - torchs)[finite].abs() <= 2e-6 * torchs[finite].abs().clamp(min=1)).all()
+    assert not nothing.any()
+
+
+def test_a_function_without_a_name():
+    plain = Plain("pointwise_delta")
+    plain.function = ("relu6", 0.0, 0.0)
+    with pytest.raises(ArgumentError, match="relu6.*expected one of sigmoid, tanh"):
+        plain.run()
 
 
 def test_a_window_of_minus_infinities():
@@ -245,6 +334,7 @@ class Plain:
         self.delta, self.before, self.after = torch.randn(4, 16, 4, 5), torch.randn(2, 16, 12, 11), torch.randn(2, 16, 12, 11)
         self.image, self.origin = torch.tensor([0, 1, 1, 0]), torch.tensor([[0, 0], [8, 6], [3, 2], [0, 6]])
         self.out_origin, self.size = self.origin, (4, 5)
+        self.function = ("silu", 0.0, 0.0)
 
     def run(self):
         places = Places(self.image, self.origin, self.out_origin, self.size)
@@ -252,6 +342,8 @@ class Plain:
             return pool_delta(self.delta, self.before, self.after, self.window, places, self.out)
         if self.op == "lrn_delta":
             return lrn_delta(self.delta, self.before, self.after, Lrn(5, 1e-4, 0.75, 1.0), places, self.out)
+        if self.op == "pointwise_delta":
+            return pointwise_delta(self.delta, self.before, self.function, places, self.out)
         return relu_delta(self.delta, self.before, Limits(), places, self.out)
 
 
@@ -269,7 +361,7 @@ BAD = [
     (dict(out_origin=torch.zeros(4, dtype=torch.int64)), ShapeError, r"out_origin of .*expected int64 \[4, 2\]"),
     (dict(delta=torch.randn(4, 16, 4, 5).bfloat16()), DtypeError, "delta of torch.bfloat16"),
     (dict(delta=torch.randn(16, 4, 5)), DtypeError, r"expected float32 or float64 \[B, C, h, w\]"),
-    (dict(delta=torch.randn(4, 15, 4, 5)), ShapeError, r"delta \(4, 15, 4, 5\), before \(2, 16, 12, 11\)"),
+    (dict(delta=torch.randn(4, 15, 4, 5)), ShapeError, r"\(4, 15, 4, 5\), \w+ \(2, 16, 12, 11\)"),
     (dict(before=torch.randn(2, 16, 12, 11).double()), ShapeError, "maps of torch.float64"),
     (dict(before=torch.randn(16, 12, 11)), ShapeError, "maps of torch.float32"),
     (dict(before=torch.randn(0, 16, 12, 11)), ShapeError, "image: expected"),
@@ -299,6 +391,7 @@ def test_refusals(op, change, error, words):
         ("lrn_delta", dict(after=torch.randn(2, 16, 12, 12))),
         ("lrn_delta", dict(size=(4, 4))),
         ("relu_delta", dict(size=(4, 4))),
+        ("pointwise_delta", dict(size=(4, 4))),
     ],
 )
 def test_maps_and_results_that_do_not_belong_together(op, change):

@@ -13,12 +13,12 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zfcore.kernels import _places, conv_delta, conv_delta_depthwise, lrn_delta, pool_delta, relu_delta
+from zfcore.kernels import _places, conv_delta, conv_delta_depthwise, lrn_delta, pointwise_delta, pool_delta, relu_delta
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INDICES = ("image", "boxes", "origin", "out_origin")
 STRIDED = ("delta", "clean", "before", "after", "out")
-FLOATS = ("slope", "upper", "share", "beta", "k")
+FLOATS = ("slope", "upper", "share", "beta", "k", "a", "b")
 
 
 def multiples_of(kernel) -> list[int]:
@@ -101,6 +101,7 @@ def with_ones(capability: int) -> int:
         (pool_delta.pool_delta_kernel, pixels),
         (lrn_delta.lrn_delta_kernel, {**pixels, "ROOTS": False}),
         (relu_delta.relu_delta_kernel, {**pixels, "HAS_SLOPE": True}),
+        (pointwise_delta.pointwise_delta_kernel, {**pixels, "NAME": "gelu"}),
     ):
         special = {p.name for p in kernel.params if not (p.do_not_specialize or p.is_constexpr)}
         numbers = sorted(special - {*INDICES, *FLOATS, "delta", "filters", "clean", "before", "after", "out"})
@@ -145,6 +146,10 @@ def main(capability: int) -> list[dict]:
         "pool_delta": (pool_delta.pool_delta_kernel, _places.CONFIGS, {}),
         "lrn_delta": (lrn_delta.lrn_delta_kernel, _places.CONFIGS, {"ROOTS": True}),
         "relu_delta": (relu_delta.relu_delta_kernel, _places.CONFIGS, {"HAS_SLOPE": False}),
+        **{
+            f"pointwise_delta {name}": (pointwise_delta.pointwise_delta_kernel, _places.CONFIGS, {"NAME": name})
+            for name in ("gelu", "softplus", "tanh", "sqrt")  # the longest ones
+        },
     }
     for name, (kernel, configs, extra) in others.items():
         for pixels, channels, warps in configs.values():

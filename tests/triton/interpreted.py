@@ -15,6 +15,7 @@ from zfcore.kernels import conv_boxes as boxes_kernel
 from zfcore.kernels import conv_delta as conv_kernel
 from zfcore.kernels import conv_delta_depthwise as depthwise_kernel
 from zfcore.kernels import lrn_delta as lrn_kernel
+from zfcore.kernels import pointwise_delta as pointwise_kernel
 from zfcore.kernels import pool_delta as pool_kernel
 from zfcore.kernels import relu_delta as relu_kernel
 from zfcore.ops import _library
@@ -22,9 +23,11 @@ from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.paste_boxes import paste_boxes
+from zfcore.ops.pointwise_delta import pointwise_delta
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import ConvChange, Limits, Lrn, Places
+from zfcore.reference.pointwise_delta import FUNCTIONS
 
 TOLERANCE = 1e-5  # of float32, relative to the largest magnitude of the result
 
@@ -366,6 +369,46 @@ def others():
             kernel.LARGEST = 2**31 - 1
 
 
+def functions():
+    """pointwise_delta, each function: drawn patches, values far out, values that are no numbers, places that are none."""
+    for seed, name in enumerate(FUNCTIONS):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        function = (name, rng.choice([0.5, 1.0, 2.0]), rng.choice([1.0, 20.0]))
+        channels, size = rng.choice([1, 3, 17, 70]), [rng.randint(8, 13) for _ in "yx"]
+        batch, images, patch = 5, 2, [rng.randint(2, n) for n in size]
+        origin = torch.stack([torch.randint(0, n - m + 1, (batch,)) for n, m in zip(size, patch)], 1)
+        places = Places(torch.randint(0, images, (batch,)), origin, origin, tuple(patch))
+        x, delta = torch.randn(images, channels, *size) * 2, torch.randn(batch, channels, *patch)
+        if name == "sqrt":
+            x, delta = x.abs(), delta.abs()
+        delta[:, :, 0] = 0
+        got = pointwise_delta(delta, x, function, places)
+        agree(got, reference.pointwise_delta(delta.double(), x.double(), function, places), (name, "drawn"))
+        assert not got[:, :, 0].any(), name
+        own = torch.empty(batch, *patch, channels).permute(0, 3, 1, 2).copy_(delta)
+        assert torch.equal(pointwise_delta(own, x, function, places, own), got), name
+
+        pointwise_kernel.launches.__globals__["LARGEST"] = 1024 + 2 * patch[0] * patch[1]  # two patches a launch
+        assert torch.equal(pointwise_delta(delta, x, function, places), got), name
+        pointwise_kernel.launches.__globals__["LARGEST"] = 2**31 - 1
+
+        for x, delta in ((x * 12, delta * 12), (x, delta)):
+            x[0, 0, :4, :4], x[1, 0, 2:, 2:] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0]), -torch.inf
+            delta[0, -1, 0, 0], delta[1, -1, 1, 1], delta[2, 0, 1, 1] = torch.nan, torch.inf, -torch.inf
+            maps = (delta, x) if name == "exp" else (delta.double(), x.double())  # exp overflows as its type does
+            expected = reference.pointwise_delta(*maps, function, places).double()
+            agree(pointwise_delta(delta, x, function, places), expected, (name, "special"))
+
+        beyond = places._replace(image=places.image.clone(), origin=places.origin.clone())
+        beyond.image[0], beyond.origin[1, 0] = images, size[0] - 1
+        with_holes = pointwise_kernel.pointwise_delta(
+            delta.contiguous(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last),
+            beyond.image, beyond.origin, torch.empty_like(own), *function,
+        )  # fmt: skip
+        assert with_holes[0].isnan().all() and with_holes[1, :, 1:].isnan().all(), name
+
+
 def agree(got, expected, label):
     """No number where the reference gives none, and close elsewhere; infinities are the same."""
     assert torch.equal(got.isnan(), expected.isnan()), label
@@ -412,7 +455,7 @@ def engine():
         calls.clear()
 
 
-EVERY = drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, full_layers, halves, others, engine
+EVERY = drawn_convolutions, convolution_edges, each_channel_by_itself, boxes, full_layers, halves, others, functions, engine
 CHECKS = {check.__name__: check for check in EVERY}
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # 80'
 SCRIPTS = ("compiled.py", "compiled_steps.py", "compiled_pool.py")
 PRODUCTS = ("conv_delta", "conv_delta thin", "conv_boxes", "deconv_step")
 APART = "deconv_step apart"  # one unit at a time, as zeros are left out
-ELEMENTWISE = ("conv_delta_depthwise", "pool_delta", "lrn_delta", "relu_delta")
+ELEMENTWISE = (
+    "conv_delta_depthwise", "pool_delta", "lrn_delta", "relu_delta", "pointwise_delta gelu", "pointwise_delta softplus",
+    "pointwise_delta tanh", "pointwise_delta sqrt",
+)  # fmt: skip
 POOLING = ("max_pool2d_with_switches", "max_pool2d_with_switches apart")  # where outputs share a place, and elsewhere
 ELEMENTWISE_REGISTERS = 128  # four blocks of four warps still fit: enough to hide memory
 
@@ -90,7 +93,7 @@ def test_tiles_are_looked_up_for_every_gpu(start):
 
 def test_numbers_that_are_one_are_constants(start):
     """So a launch has it; then what is a tensor of numbers elsewhere is a number of Python's in a kernel."""
-    for script, count in zip(SCRIPTS, (18, 3, 3), strict=True):
+    for script, count in zip(SCRIPTS, (21, 3, 3), strict=True):
         process = start(script, "90", "ones", interpreted=False)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors

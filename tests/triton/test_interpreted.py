@@ -7,7 +7,7 @@ import pytest
 CHECKS = {
     "interpreted.py": (
         "drawn_convolutions", "convolution_edges", "each_channel_by_itself", "boxes", "full_layers", "halves", "others",
-        "engine",
+        "functions", "engine",
     ),
     "interpreted_steps.py": ("drawn_steps", "more_drawn_steps", "edges", "networks_layers", "the_fused_op", "projections"),
     "interpreted_pool.py": ("drawn_pools", "networks_pools", "edges", "far_apart"),

@@ -16,6 +16,7 @@ from zfcore.engine.sweep import Sweep
 from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
+from zfcore.ops.pointwise_delta import pointwise_delta
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import ConvChange, Limits, Lrn, Places, StepParams
@@ -160,6 +161,8 @@ def pointwise(name: str) -> Call:
         return Call(lambda: pool_delta(delta, x, F.max_pool2d(x, *window), window, places), [delta, x])
     if name == "lrn_delta":
         return Call(lambda: lrn_delta(delta, x, F.local_response_norm(x, *lrn), lrn, own), [delta, x])
+    if name == "pointwise_delta":
+        return Call(lambda: pointwise_delta(delta, x, ("gelu", 0.0, 0.0), own), [delta, x])
     return Call(lambda: relu_delta(delta, x, Limits(0.1), own), [delta, x])
 
 
@@ -216,7 +219,7 @@ CALLS = {
     **{f"conv_boxes {p}": lambda p=p: product(GEOMETRIES[1], p, boxed=True) for p in ("exact", "tf32", "bf16")},
     "conv_delta depthwise": lambda: product(GEOMETRIES[4]),
     "conv_delta full": lambda: product(FULL, size=(6, 6), patch=(6, 6)),
-    **{name: lambda name=name: pointwise(name) for name in ("pool_delta", "lrn_delta", "relu_delta")},
+    **{name: lambda name=name: pointwise(name) for name in ("pool_delta", "lrn_delta", "relu_delta", "pointwise_delta")},
     **{f"deconv_step {name}": lambda name=name: step(name) for name in STEPS},
     "max_pool2d_with_switches": lambda: pooling(torch.contiguous_format),
     "max_pool2d_with_switches channels last": lambda: pooling(torch.channels_last, torch.bfloat16),

@@ -10,6 +10,7 @@ from zfcore.reference.deconv_step import deconv_step
 from zfcore.reference.lrn_delta import lrn_delta
 from zfcore.reference.max_pool2d_with_switches import max_pool2d_with_switches
 from zfcore.reference.paste_boxes import paste_boxes
+from zfcore.reference.pointwise_delta import pointwise_delta
 from zfcore.reference.pool_delta import pool_delta
 from zfcore.reference.pool_gather2d import pool_gather2d
 from zfcore.reference.relu_delta import relu_delta
@@ -26,6 +27,7 @@ __all__ = [
     "lrn_delta",
     "max_pool2d_with_switches",
     "paste_boxes",
+    "pointwise_delta",
     "pool_delta",
     "pool_gather2d",
     "relu_delta",

@@ -1,0 +1,72 @@
+"""A function of each value, of changes: what the engine of ``occlusion_map`` is made of. No gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from zfcore import reference
+from zfcore.errors import ArgumentError, ShapeError
+from zfcore.ops import _boundary, _change
+from zfcore.ops._library import choosing, native, triton_kernel
+from zfcore.reference._params import Places, show
+from zfcore.reference.pointwise_delta import FUNCTIONS
+
+_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
+
+
+def _reference(change, clean, function, places, out):
+    result = reference.pointwise_delta(change, clean, function, places)
+    return result if out is None else out.copy_(result)
+
+
+def _cpu(change, clean, function, places, out):
+    out = _change.empty(change, change.size(1), places, out)
+    patches, _held = _change.native_change(change, clean, clean, places, out)
+    name, a, b = function
+    native.pointwise_delta_cpu(patches, _CODES[name], a, b, _boundary.threads())
+    return out
+
+
+def _triton(change, clean, function, places, out):
+    out = _change.empty(change, change.size(1), places, out)
+    image, origin = (x.contiguous() for x in places[:2])
+    return triton_kernel("pointwise_delta")(*_change.for_triton(change, clean), image, origin, out, *function)
+
+
+_run = choosing("pointwise_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
+
+
+def pointwise_delta(
+    change: torch.Tensor,
+    clean: torch.Tensor,
+    function: tuple[str, float, float],
+    places: Places,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What maps of a function of each value change by, as ``zfcore.reference.pointwise_delta`` defines it.
+
+    Args:
+        change: [B, C, h, w] float32 or float64: what the input changes by inside a patch.
+        clean: [N, C, H, W], the clean input.
+        function: a name of ``zfcore.reference.pointwise_delta.FUNCTIONS`` and its parameters: softplus has beta and the
+            threshold above which it is linear, elu has alpha; others ignore theirs.
+        places: see ``Places``; the result lies where the patch does.
+        out: [B, C, h, w], channels last, to write into; may be change itself.
+
+    Returns:
+        [B, C, h, w], channels last. Exactly zero where nothing changes and the function's value is finite.
+
+    Raises:
+        ArgumentError: there is no function of that name.
+        ShapeError, DtypeError: the arguments do not belong together.
+        ValueError: a patch is not inside its map (the CPU's kernel).
+    """
+    if function[0] not in FUNCTIONS:
+        raise ArgumentError(f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers")
+    _change.check(change, places, clean)
+    if clean.size(1) != change.size(1) or tuple(places.size) != tuple(change.shape[2:]):
+        raise ShapeError(
+            f"change {tuple(change.shape)}, clean {tuple(clean.shape)}, a result of {tuple(places.size)}: they do not "
+            "belong together"
+        )
+    return _run(change, clean, function, places, out)
