@@ -29,6 +29,10 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.record = record
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes a second, to have this mode skipped by it
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         record = self.record
         if record.quiet:
