@@ -132,7 +132,8 @@ class Worker:
         """Where Python was when it was killed, innermost first."""
         _, _, dump = self.arguments[2].read_text().rpartition("Current thread")
         own = dump.partition("\nThread ")[0]
-        return [line.strip() for line in own.splitlines() if line.lstrip().startswith("File ")][:TRACE_LINES]
+        places = [line.strip() for line in own.splitlines() if line.lstrip().startswith("File ")]
+        return [place.rpartition("site-packages/")[2].removeprefix('File "') for place in places[:TRACE_LINES]]
 
 
 def ended(code: int) -> str:

@@ -7,6 +7,7 @@ too long had shown until then is kept.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ LOOP_BATCH = 4  # of the loop of plain forwards that scores are held against
 CAPTUM_PERTURBATIONS = 16
 TIMED_UNITS, EXACT_UNITS = 8, 2
 RULES = ("gradient", "deconvnet")
+COST = "the cost rule"  # the reason where none is given
 SECONDS, ROUNDS = 2.0, 2  # of timing, at least
 
 
@@ -152,15 +154,16 @@ def occlusion_path(model: nn.Module, images: Tensor, score: Score, box: int, str
 def spoken_reason(said: list[warnings.WarningMessage]) -> str:
     """What zfcore's warnings give as a reason for the slower path."""
     reasons = [str(each.message) for each in said if str(each.message).startswith("zfcore: ")]
-    return reasons[0].split(" run this network: ", 1)[-1].removeprefix("zfcore: ") if reasons else "the cost rule"
+    return reasons[0].split(" run this network: ", 1)[-1].removeprefix("zfcore: ") if reasons else COST
 
 
 def path_of(found: object, said: list[warnings.WarningMessage]) -> tuple[str, str]:
     """Path and reason of an Occlusion."""
     path = getattr(found, "path", None)
     if path is not None:
-        return path, getattr(found, "reason", "")
-    return "unknown", spoken_reason(said)
+        return path, found.reason
+    reason = spoken_reason(said)
+    return ("unknown" if reason == COST else "forwards"), reason
 
 
 def failure(error: Exception) -> str:
@@ -247,7 +250,11 @@ def rectified_way_down(root: object) -> Iterator[None]:
     """
 
     def rule(slope):
-        return lambda below, above: (F.leaky_relu(above[0], slope), *below[1:])
+        def hook(below, above):
+            g = above[0]
+            return (torch.where(g < 0, g * slope, g) if slope else F.relu(g), *below[1:])
+
+        return hook
 
     with contextlib.ExitStack() as stack:
         known, waiting = {root}, [root]
@@ -289,6 +296,17 @@ def whole_picture(projection: zfcore.Projection, unit: int, shape: tuple[int, in
     return whole
 
 
+def furthest(found: Tensor, right: Tensor) -> float:
+    """The largest difference; what is no number, or infinite, on both sides alike is none."""
+    same = (found == right) | (found.isnan() & right.isnan())
+    difference = (found - right).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return difference.masked_fill(same, 0).max().item()
+
+
+def largest_of(values: Tensor) -> float:
+    return values.abs()[values.isfinite()].max().item() if values.isfinite().any() else 0.0
+
+
 def relative(error: float, scale: float) -> float:
     return error / scale if scale else float(error > 0)
 
@@ -302,9 +320,9 @@ def exact_deconv(model: nn.Module, images: Tensor, which: str, layer: str, rule:
     places = [[unit, *place] for unit, place in zip(units, found.positions[0].tolist(), strict=True)]
     errors, dead = [], True
     for unit, right in enumerate(oracle(model, images, layer, places, rule)):
-        largest = right.abs().max().item()
+        largest = largest_of(right)
         dead &= largest == 0
-        errors.append(relative((whole_picture(found, unit, shape) - right).abs().max().item(), largest))
+        errors.append(relative(furthest(whole_picture(found, unit, shape), right), largest))
     note(
         **{
             f"{which}_{rule}_error": max(errors),
@@ -361,12 +379,12 @@ def exact_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) 
     right = plain
     with attempt(note, "float64"), in_float64(model):
         right = plain_scores(model, images.double(), grid, one, LOOP_BATCH)
-    span, largest = (right.max() - right.min()).item(), right.abs().max().item()
-    error = (found.scores[0].double() - right).abs().max().item()
+    span, largest = (right.max() - right.min()).item(), largest_of(right)
+    error = furthest(found.scores[0].double(), right)
     note(
         occlusion_error=relative(error, span),
         occlusion_error_of_largest=relative(error, largest),
-        plain_error=relative((plain - right).abs().max().item(), span),
+        plain_error=relative(furthest(plain, right), span),
     )
 
 

@@ -102,7 +102,9 @@ def ended(records: Sequence[Record]) -> list[str]:
 
 def kind_of(reason: str) -> str:
     """A reason without what is one network's own: names of its modules, numbers and sizes."""
-    reason = re.sub(r"^'[^']*' \((\w+)\)", r"\1", reason.splitlines()[0] if reason else "no reason given")
+    reason = reason.splitlines()[0] if reason else "no reason given"
+    reason = re.sub(r"^'[^']*' \(\w+\) (calls|returns|cannot)", r"\1", reason)
+    reason = re.sub(r"^'[^']*' \((\w+)\)", r"\1", reason)
     reason = re.sub(r"'[^']*'", "'...'", reason)
     reason = re.sub(r"\((\d+, ?)*\d*\)|\b\d+(\.\d+)?(e-?\d+)?\b", "...", reason)
     return reason[:160].replace("|", "\\|")
@@ -180,8 +182,10 @@ def speeds(records: Sequence[Record]) -> list[str]:
 
 
 def page(records: Sequence[Record]) -> list[str]:
-    lines = ["## Paths", "", *paths(records), "", families(records)]
+    lines = []
     read = [record for record in records if "read" in record["what"]]
+    if read:
+        lines += ["## Paths", "", *paths(read), "", families(read)]
     if any(record.get("occlusion_path") not in (None, "engine") for record in read):
         lines += ["", "## What keeps occlusion off the engine", ""]
         lines += reasons(read, [("occlusion_path", "occlusion_reason")])
