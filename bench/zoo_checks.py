@@ -231,7 +231,9 @@ def slope_below(node: object) -> float | None:
     """Of autograd's node of a rectifier, its slope below zero; None of another node."""
     kind = node.name()
     if kind == "ReluBackward0":
-        return 0.0
+        below = node.next_functions[0][0]
+        # Of a magnitude it takes nothing away: F.lp_pool2d has one inside, where a root's slope is infinite.
+        return None if below is not None and below.name() == "AbsBackward0" else 0.0
     if kind == "LeakyReluBackward0":
         return float(node._saved_negative_slope)
     if kind == "HardtanhBackward0" and float(node._saved_min_val) == 0:
