@@ -56,8 +56,8 @@ class Answers(nn.Module):
 
 def small():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.LeakyReLU(0.1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3),
+        nn.LeakyReLU(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
     )
 
 def absent():
@@ -66,8 +66,8 @@ def absent():
 NETWORKS = tuple(
     Network("own", family, name, (3, 32, 32), make)
     for family, name, make in (
-        ("small", "first", small), ("deadly", "deadly", Deadly), ("absent", "absent", absent), ("endless", "endless", Endless),
-        ("dict", "dict", Answers), ("small", "last", small),
+        ("small", "first", small), ("deadly", "deadly", Deadly), ("absent", "absent", absent),
+        ("endless", "endless", Endless), ("dict", "dict", Answers), ("small", "last", small),
     )
 )
 '''
@@ -278,8 +278,11 @@ def test_scores(output, score, bench):
 def test_speed_beside_captum(bench):
     pytest.importorskip("captum.attr", reason="Captum is the other side of this comparison")
     checks = bench("zoo_checks")
-    model = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(200, 4))  # noqa: E731
-    found = examined(bench, model, (3, 24, 24), "speed")
+
+    def made():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(200, 4))
+
+    found = examined(bench, made, (3, 24, 24), "speed")
     assert found["status"] == "done" and not [name for name in found if name.endswith("_failed")]
     for name in bench("zoo_tables").RATIOS:
         assert found[name] > 0
@@ -326,11 +329,12 @@ def test_paths_by_library(bench):
 
 
 def test_errors_and_times(bench):
+    what = ["exact", "speed"]
     records = [
-        record("one", what=["exact", "speed"], mid_gradient_error=1e-6, occlusion_to_captum=3.0, occlusion_to_plain=2.0),
+        record("one", what=what, mid_gradient_error=1e-6, occlusion_to_captum=3.0, occlusion_to_plain=2.0),
         record(
             "two",
-            what=["exact", "speed"],
+            what=what,
             mid_gradient_error=0.5,
             occlusion_error=1e-3,
             plain_error=1e-6,
