@@ -108,9 +108,10 @@ class Worker:
 
     def examine(self, key: str, what: Sequence[str], limit: float) -> dict:
         """What was found of a network. status: "done", or why not all was looked at."""
-        if self.process is None:
+        if self.process is None or not self.process.is_alive():
+            self.stop()
             self.start()
-        record: dict = {}
+        record: dict = {"step": "start"}
         end = time.monotonic() + limit
         self.connection.send((key, tuple(what)))
         while True:

@@ -16,12 +16,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import zfcore
+import zfcore.occlusion as occlusion
 from timing import interleave, ratio, timed
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from zfcore.engine.forwards import Forwards
 from zfcore.engine.grid import Grid
-from zfcore.engine.sweep import Sweep
 from zfcore.network import read_network
 from zoo_networks import Network
 
@@ -131,24 +130,21 @@ class Decided(BaseException):
 
 def occlusion_path(model: nn.Module, images: Tensor, score: Score, box: int, stride: int) -> tuple[str, str]:
     """Who measures the positions, "engine" or "forwards", and why, as occlusion_map decides; nothing is measured."""
+    choose = occlusion._sweep
 
-    def stop(path):
-        def begin(*_, **__):
-            raise Decided(path)
+    def chosen(*arguments):
+        raise Decided(choose(*arguments))
 
-        return begin
-
-    with (
-        mock.patch.object(Sweep, "run", stop("engine")),
-        mock.patch.object(Forwards, "groups", stop("forwards")),
-        warnings.catch_warnings(record=True) as said,
-    ):
+    with mock.patch.object(occlusion, "_sweep", chosen), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            found = zfcore.occlusion_map(model, images, score=score, box=box, stride=stride)
+            occlusion.occlusion_map(model, images, score=score, box=box, stride=stride)
         except Decided as decided:
-            return str(decided), "" if str(decided) == "engine" else spoken_reason(said)
-    return path_of(found, said)
+            (found,) = decided.args
+    sweep, reason = found if isinstance(found, tuple) else (found, None)
+    if sweep is not None:
+        return "engine", ""
+    return "forwards", spoken_reason(said) if reason is None else reason
 
 
 def spoken_reason(said: list[warnings.WarningMessage]) -> str:
