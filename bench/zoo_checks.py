@@ -28,7 +28,7 @@ Note = Callable[..., None]
 Score = str | Callable[[object], Tensor]
 
 READ_BOX, READ_STRIDE = 32, 8  # of an occlusion whose path is asked for
-EXACT_BOX = 56  # box and stride where scores are compared: 16 positions of 224 x 224
+EXACT_BOX = 56  # where scores are compared, with a stride of one and a half: 9 positions of 224 x 224
 SPEED_BOX = 32  # box and stride where they are timed: 49 positions
 PLAIN_BATCHES = (1, 4, 16)
 LOOP_BATCH = 4  # of the loop of plain forwards that scores are held against
@@ -366,10 +366,11 @@ def callable_score(score: Score, target: Tensor | None) -> Callable[[object], Te
 
 def exact_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) -> None:
     box = side(EXACT_BOX, images.shape[1:])
-    grid = Grid.over(images.shape[-2:], (box, box), (box, box))
+    stride = box + box // 2
+    grid = Grid.over(images.shape[-2:], (box, box), (stride, stride))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = zfcore.occlusion_map(model, images, score=score, box=box, stride=box)
+        found = zfcore.occlusion_map(model, images, score=score, box=box, stride=stride)
     path, reason = path_of(found, said)
     note(occlusion_exact_path=path, occlusion_exact_reason=reason)
     one = callable_score(score, found.targets)
