@@ -147,8 +147,9 @@ def run(
     try:
         for key in keys:
             tell(key, worker.examine(key, what, limit))
-    finally:
         worker.stop(ENDING)
+    finally:
+        worker.stop()
 
 
 # ---- the command
@@ -213,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with options.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the networks' process ends too
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(options.networks.resolve(), options.threads, Path(folder))
         limit = options.limit_s or sum(LIMITS[each] for each in options.what)

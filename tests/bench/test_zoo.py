@@ -231,7 +231,8 @@ def test_exactness_of_every_way_to_rectify(bench):
         for rule in ("gradient", "deconvnet"):
             assert not found[f"{layer}_{rule}_dead"]
             assert found[f"{layer}_{rule}_error"] < 1e-5
-    assert found["occlusion_error"] < 1e-4 and found["plain_error"] < 1e-4
+    assert found["occlusion_error_of_largest"] < 1e-5
+    assert found["occlusion_error"] < 1e-3 and found["plain_error"] < 1e-3  # the boxes change little here
     assert found["changed"] == [] and found["training"] is False
 
 
