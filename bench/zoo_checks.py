@@ -36,7 +36,6 @@ LOOP_BATCH = 4  # of the loop of plain forwards that scores are held against
 CAPTUM_PERTURBATIONS = 16
 TIMED_UNITS, EXACT_UNITS = 8, 2
 RULES = ("gradient", "deconvnet")
-COST = "the cost rule"  # the reason where none is given
 SECONDS, ROUNDS = 2.0, 2  # of timing, at least
 
 
@@ -148,31 +147,13 @@ def occlusion_path(model: nn.Module, images: Tensor, score: Score, box: int, str
     def chosen(*arguments):
         raise Decided(choose(*arguments))
 
-    with mock.patch.object(occlusion, "_sweep", chosen), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with mock.patch.object(occlusion, "_sweep", chosen), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             occlusion.occlusion_map(model, images, score=score, box=box, stride=stride)
         except Decided as decided:
-            (found,) = decided.args
-    sweep, reason = found if isinstance(found, tuple) else (found, None)
-    if sweep is not None:
-        return "engine", ""
-    return "forwards", spoken_reason(said) if reason is None else reason
-
-
-def spoken_reason(said: list[warnings.WarningMessage]) -> str:
-    """What zfcore's warnings give as a reason for the slower path."""
-    reasons = [str(each.message) for each in said if str(each.message).startswith("zfcore: ")]
-    return reasons[0].split(" run this network: ", 1)[-1].removeprefix("zfcore: ") if reasons else COST
-
-
-def path_of(found: object, said: list[warnings.WarningMessage]) -> tuple[str, str]:
-    """Path and reason of an Occlusion."""
-    path = getattr(found, "path", None)
-    if path is not None:
-        return path, found.reason
-    reason = spoken_reason(said)
-    return ("unknown" if reason == COST else "forwards"), reason
+            ((sweep, reason),) = decided.args
+    return ("forwards", reason) if sweep is None else ("engine", "")
 
 
 def failure(error: Exception) -> str:
@@ -401,10 +382,10 @@ def exact_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) 
     box = side(EXACT_BOX, images.shape[1:])
     stride = box + box // 2
     grid = Grid.over(images.shape[-2:], (box, box), (stride, stride))
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
         found = zfcore.occlusion_map(model, images, score=score, box=box, stride=stride)
-    path, reason = path_of(found, said)
+    path, reason = found.path, found.reason
     note(occlusion_exact_path=path, occlusion_exact_reason=reason)
     one = callable_score(score, found.targets)
     plain = plain_scores(model, images, grid, one, LOOP_BATCH).double()
@@ -490,10 +471,10 @@ def speed_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) 
     def measure():
         return zfcore.occlusion_map(model, images, score=score, box=box, stride=box)
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
         first = measure()
-    path, reason = path_of(first, said)
+    path, reason = first.path, first.reason
     one = callable_score(score, first.targets)
     batch = best_batch(model, images, PLAIN_BATCHES)
     note(occlusion_speed_path=path, occlusion_speed_reason=reason, positions=len(grid), plain_batch=batch)

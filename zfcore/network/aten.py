@@ -140,7 +140,10 @@ def _rectified(input, rectifier: Rectifier) -> Stage:
 
 
 def relu(self) -> Stage:
-    return _rectified(self, Rectifier(F.relu))
+    x = stage_of(self)
+    if (x.options.get("native") or ("",))[0] == "abs":  # inside torch's own `lp_pool2d`, where there is nothing to rectify
+        return x
+    return _rectified(x, Rectifier(F.relu))
 
 
 def relu6(self) -> Stage:
