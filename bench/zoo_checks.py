@@ -350,7 +350,7 @@ def occluded(images: Tensor, grid: Grid, batch: int) -> Iterator[Tensor]:
     for first in range(0, len(grid), batch):
         rows = images.repeat(min(batch, len(grid) - first), 1, 1, 1)
         for row, place in enumerate(range(first, first + len(rows))):
-            rows[row][:, *grid[place]] = 0
+            rows[row][(slice(None), *grid[place])] = 0
         yield rows
 
 
@@ -383,7 +383,7 @@ def exact_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) 
     stride = box + box // 2
     grid = Grid.over(images.shape[-2:], (box, box), (stride, stride))
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
         found = zfcore.occlusion_map(model, images, score=score, box=box, stride=stride)
     path, reason = found.path, found.reason
     note(occlusion_exact_path=path, occlusion_exact_reason=reason)
@@ -472,7 +472,7 @@ def speed_occlusion(model: nn.Module, images: Tensor, score: Score, note: Note) 
         return zfcore.occlusion_map(model, images, score=score, box=box, stride=box)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
         first = measure()
     path, reason = first.path, first.reason
     one = callable_score(score, first.targets)
