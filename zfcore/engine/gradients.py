@@ -41,9 +41,57 @@ def reduced(signal: Tensor, shape: tuple[int, ...]) -> Tensor:
     return signal.sum(wide, keepdim=True) if wide else signal
 
 
-def vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
-    """The plain gradient of an operation, `inputs` being what it read for each seed."""
+SMALL = 16384  # numbers: below, a backward of its own for each seed costs more than to run the operation again for all
+
+
+class Gradient:
+    """The plain gradient of an operation at what it read for a batch of images.
+
+    It runs once more for an image, and keeps what a backward needs as long as the seeds are of that image: a backward a
+    seed then reads one image's values, where a batch of seeds would first need a copy of them for each.
+    """
+
+    def __init__(self, run: Callable[..., Tensor], inputs: list[Tensor]):
+        self.run, self.inputs = run, inputs
+        self.small = sum(x[0].numel() for x in inputs) < SMALL
+        self.image, self.leaves, self.value = -1, [], None
+
+    def down(
+        self, signal: Tensor, image: Tensor, runs: list[tuple[int, slice]], take: Callable[[tuple[int, ...]], Tensor]
+    ) -> list[Tensor]:
+        """From the signal [B, *shape] to that of each input.
+
+        image: [B], of each seed; runs: the same, as the rows of each image in turn. take: makes memory of a shape.
+        """
+        if self.small:
+            return _vjp(self.run, [x[image] for x in self.inputs], signal)
+        self.move_to(runs[0][0])
+        if all(self.value.untyped_storage() is x.untyped_storage() for x in self.leaves):  # views of all are free
+            return _vjp(self.run, [x.expand(len(signal), *x.shape[1:]) for x in self.leaves], signal)
+        grads = [take((len(signal), *x.shape[1:])) for x in self.leaves]
+        for one, rows in runs:
+            self.move_to(one)
+            for row in range(rows.start, rows.stop):
+                for grad, g in zip(grads, _grad(self.value, self.leaves, signal[row : row + 1]), strict=True):
+                    grad[row : row + 1] = g
+        return grads
+
+    def move_to(self, image: int) -> None:
+        if image != self.image:
+            with torch.enable_grad():
+                self.leaves = [x[image : image + 1].detach().requires_grad_() for x in self.inputs]
+                self.image, self.value = image, self.run(*self.leaves)
+
+
+def _vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in inputs]
-        grads = torch.autograd.grad(run(*inputs), inputs, signal, allow_unused=True)
+        return _grad(run(*inputs), inputs, signal)
+
+
+def _grad(value: Tensor, inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
+    """Of inputs that the value does not depend on, zeros."""
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    grads = torch.autograd.grad(value, inputs, signal, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

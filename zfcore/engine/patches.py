@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfcore.engine.buffers import Buffers
-from zfcore.engine.gradients import derivative, is_linear, linear_down, reduced, vjp
+from zfcore.engine.gradients import Gradient, derivative, is_linear, linear_down, reduced
 from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.network import Field, Network, Stage, scale_of
@@ -27,6 +27,7 @@ from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
 from zfcore.reference.deconv_step import cut, inside
 
+TOGETHER_BYTES = 8 * 2**20  # the signals of a stage, of as many seeds as go on from it together
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
@@ -42,6 +43,11 @@ class _Seeds:
 
     def __len__(self) -> int:
         return len(self.value)
+
+    def part(self, rows: slice) -> _Seeds:
+        own = ((i, max(run.start, rows.start), min(run.stop, rows.stop)) for i, run in self.runs)
+        runs = [(i, slice(begin - rows.start, end - rows.start)) for i, begin, end in own if begin < end]
+        return _Seeds(self.image[rows], self.unit[rows], self.position[rows], self.value[rows], runs)
 
     def origin(self, field: Field) -> Tensor:
         """Where each seed's patch begins, [B, 2], in the map that `field` is about."""
@@ -81,6 +87,7 @@ class Engine:
         self.layer_shape = network.layer.shape
         self.layer_dtype = job.dtype
         self.buffers = Buffers(job.dtype, job.device)
+        self.held: list[Tensor] = []  # signals of whole batches, some seeds of which are on their way down
         self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
         self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
         self.plan_fields()
@@ -161,7 +168,7 @@ class Engine:
             if stage.kind == "product":
                 kept[stage] = list(map(_channels_last, inputs))
             elif stage.kind == "map" and not is_linear(stage):
-                kept[stage] = inputs
+                kept[stage] = Gradient(stage.run, inputs)
             elif stage.kind == "relu" and self.job.rule != "deconvnet":
                 kept[stage] = _channels_last(stage.options["rectifier"].derivative(inputs[0]))
             elif stage.kind == "avg_pool" and callable(stage.options["share"]):
@@ -208,12 +215,23 @@ class Engine:
                 continue
             chain = self.chains[stage]
             held.update(stage.inputs if chain is None else (chain.conv.inputs[0],))
-            field = self.patch[stage]
-            sizes.append(
-                stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
-            )
+            sizes.append(self.values(stage))
         sizes.append(torch.Size(self.picture_shape).numel())
         return max(1, min(4096, scratch_bytes(self.job.device) // (3 * max(sizes) * item)))
+
+    def seeds_together(self, stage: Stage) -> int:
+        """How many seeds are taken down from here together. Filters serve many small maps; large ones leave the cache."""
+        if self.job.device.type != "cpu":
+            return len(self.job.images) * len(self.job.units)
+        item = torch.finfo(self.job.dtype).bits // 8
+        chain = self.chains[stage]
+        largest = max(self.values(s) for s in (stage, *(stage if chain is None else chain.conv).inputs))
+        return max(1, TOGETHER_BYTES // (largest * item))
+
+    def values(self, stage: Stage) -> int:
+        """How many numbers a seed's signal at the stage is."""
+        field = self.patch[stage]
+        return stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
 
     def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         job = self.job
@@ -266,17 +284,37 @@ class Engine:
 
     def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None, pixels: Tensor) -> None:
         """Fills pixels [B, C, H, W], or [B, C, h, w] with crop=True, of the seeds."""
-        picture = self.network.stages[0]
         signals = {self.network.layer: self.start(seeds, maps)}
-        for stage in reversed(self.network.stages):
-            if stage is picture:
-                break
-            signal = signals.pop(stage, None)
-            if signal is None:
+        self.carry(len(self.network.stages) - 1, signals, seeds, kept, pixels)
+        self.buffers.give_all_back()
+
+    def carry(self, top: int, signals: dict, seeds: _Seeds, kept: dict, pixels: Tensor) -> None:
+        """The signals that wait at the stages up to `top` taken down into the pixels."""
+        for index in range(top, 0, -1):
+            stage = self.network.stages[index]
+            if stage not in signals:
                 continue
+            together = self.seeds_together(stage)
+            if together < len(seeds):
+                self.held += signals.values()
+                for first in range(0, len(seeds), together):
+                    rows = slice(first, min(first + together, len(seeds)))
+                    own = {stage: signal[rows] for stage, signal in signals.items()}
+                    self.carry(index, own, seeds.part(rows), kept, pixels[rows])
+                del self.held[len(self.held) - len(signals) :]
+                while signals:
+                    self.drop(signals.popitem()[1], signals)
+                return
+            signal = signals.pop(stage)
             self.undo(stage, signal, seeds, kept, signals, pixels)
             self.drop(signal, signals)
-        signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
+        self.finish(signals, seeds, pixels)
+
+    def finish(self, signals: dict, seeds: _Seeds, pixels: Tensor) -> None:
+        """What has come down to the picture, as whole pictures or as boxes."""
+        picture = self.network.stages[0]
+        waiting = signals.pop(picture)
+        signal, field, seen = waiting, self.patch[picture], self.seen[picture]
         if signal is not pixels:
             if field is not None and not self.job.crop:
                 signal = self.whole(picture, signal, field, seeds)
@@ -284,7 +322,7 @@ class Engine:
                 each = torch.arange(len(seeds), device=signal.device)
                 signal = cut(signal, each, seeds.origin(seen), seen.size)
             pixels.copy_(signal)
-        self.buffers.give_all_back()
+        self.drop(waiting, signals)
 
     def start(self, seeds: _Seeds, maps: Tensor | None) -> Tensor:
         """The signal at the layer: each seed in an otherwise empty map, or a patch of one position."""
@@ -359,7 +397,7 @@ class Engine:
     def owns(self, signal: Tensor, signals: dict | tuple) -> bool:
         """Whether the signal lies in the engine's own memory, and nothing that still waits lies there too."""
         others = signals.values() if isinstance(signals, dict) else signals
-        return self.buffers.only(signal, others)
+        return self.buffers.only(signal, (*others, *self.held))
 
     def drop(self, signal: Tensor, signals: dict) -> None:
         """Nobody reads this signal any more."""
@@ -419,7 +457,7 @@ class Engine:
             share = kept.get(stage, stage.options["share"])
             if field and isinstance(share, Tensor):
                 share = cut(share, torch.zeros_like(seeds.image), seeds.origin(field), field.size)
-            signal = _avg_transpose(stage, signal * share, down and down.size)
+            signal = self.undo_mean(stage, self.scaled(signal, share, signals), down and down.size)
         elif stage.kind == "pad":
             signal = signal if field else _fit(signal, stage.window.padding, source.shape[1:])
         elif stage.kind in ("batch_norm", "scale"):
@@ -427,13 +465,31 @@ class Engine:
             signal = self.scaled(signal, scale.to(signal.dtype) if isinstance(scale, Tensor) else scale, signals)
         self.send(source, signal, down, seeds, signals)
 
+    def undo_mean(self, pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
+        """Each value to every place of its window."""
+        w, (windows_h, windows_w), size = pool.window, signal.shape[2:], patch or pool.inputs[0].shape[1:]
+        reached = windows_h * w.kernel[0], windows_w * w.kernel[1]
+        apart = w.kernel == w.stride and w.padding == (0, 0)
+        if apart and reached[0] <= size[0] and reached[1] <= size[1]:
+            below = self.buffers.take((*signal.shape[:2], *size))
+            if reached != tuple(size):
+                below.zero_()
+            windows = below[:, :, : reached[0], : reached[1]].unflatten(3, (windows_w, w.kernel[1]))
+            windows.unflatten(2, (windows_h, w.kernel[0])).copy_(signal[:, :, :, None, :, None])
+            return below
+        ones = signal.new_ones((pool.shape[0], 1, *w.kernel))
+        full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, pool.shape[0])
+        return full if patch else _fit(full, w.padding, size)
+
     def undo_map(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
         if is_linear(stage):
             self.send(stage.inputs[0], linear_down(stage, signal), None, seeds, signals)
             return
-        inputs = [self.own(x, None, seeds) for x in kept[stage]]
-        for source, g in zip(stage.inputs, vjp(stage.run, inputs, signal), strict=True):
+        signals[stage] = signal  # until all of them have their own
+        grads = kept[stage].down(signal, seeds.image, seeds.runs, self.buffers.take)
+        for source, g in zip(stage.inputs, grads, strict=True):
             self.send(source, g, None, seeds, signals)
+        del signals[stage]
 
     def undo_product(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
         """signal * b to a, and signal * a to b. What was broadcast gets the sum over where it was."""
@@ -584,10 +640,3 @@ def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor
     if not any(before) and not any(after):
         return full
     return F.pad(full, (-before[1], after[1], -before[0], after[0]))
-
-
-def _avg_transpose(pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
-    w, channels = pool.window, pool.shape[0]
-    ones = signal.new_ones((channels, 1, *w.kernel))
-    full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, channels)
-    return full if patch else _fit(full, w.padding, pool.inputs[0].shape[1:])
