@@ -15,8 +15,7 @@ def derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         value = function(z)
-        (slope,) = torch.autograd.grad(value, z, torch.ones_like(value), allow_unused=True)
-    return value.detach(), torch.zeros_like(z) if slope is None else slope
+    return value.detach(), _grad(value, [z], torch.ones_like(value))[0]
 
 
 def is_linear(stage: Stage) -> bool:
