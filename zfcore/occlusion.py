@@ -313,9 +313,7 @@ def _sweep(
             _check_that_it_runs(model, images, error)
         warnings.warn(f"zfcore: plain forwards run this network: {error}", stacklevel=3)
         return None, str(error)
-    if sweep.macs >= sweep.plain_macs:
-        return None, "plain forwards are no more work than the engine, with boxes of this size"
-    return sweep, ""
+    return (sweep, "") if sweep.refusal is None else (None, sweep.refusal)
 
 
 def _check_that_it_runs(model: nn.Module, images: Tensor, error: ShapeError) -> None:
