@@ -28,9 +28,10 @@ from zfcore.engine.values import Values
 from zfcore.network import Network, Stage, Window, arithmetic, scale_of
 from zfcore.ops._library import runs_on
 from zfcore.ops.conv_boxes import conv_boxes
-from zfcore.ops.conv_delta import ConvChange, DeltaFilters, conv_delta, delta_filters, is_depthwise
+from zfcore.ops.conv_delta import KEPT_BYTES, ConvChange, DeltaFilters, conv_delta, delta_filters
 from zfcore.ops.lrn_delta import lrn_delta
 from zfcore.ops.paste_boxes import paste_boxes
+from zfcore.ops.pointwise_delta import pointwise_delta
 from zfcore.ops.pool_delta import pool_delta
 from zfcore.ops.relu_delta import relu_delta
 from zfcore.reference._params import Limits, Lrn, Places
@@ -41,7 +42,7 @@ CLEAN_BYTES = 512 * 2**20  # of the clean maps of one batch of images
 # the most. A GPU holds more, and each batch is some tens of launches, whatever is in it.
 BATCHES = {"cpu": (160 * 2**20, 1024), "cuda": (2**30, 4096)}
 ALIGNED = 4  # values: changes begin at multiples of 16 bytes, which move at once
-CHANGES = 64  # positions in a batch of changes, as their cost is counted
+CHANGES = 256  # how many it is counted with
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
 
 
@@ -72,7 +73,7 @@ class _Step:
     before: Stage | None = None  # what the rectifier reads that is done with a convolution
     filters: DeltaFilters | None = None
     convolution: ConvChange | None = None
-    factor: Tensor | None = None  # what a change is multiplied by
+    factor: Tensor | slice | None = None  # what a change is multiplied by, or the channels picked
 
 
 class _Batch:
@@ -162,9 +163,10 @@ class Sweep:
         steps, device, itemsize = self.steps, self.device.type, self.dtype.itemsize
         last = {source: at for at, step in enumerate(steps) for source in step.sources}
         made = {self.picture: -1} | {step.result: at for at, step in enumerate(steps)}
+        positions = len(self.boxes[0]) * len(self.boxes[1])  # no batch is counted larger, of however many images they are
         below = [0.0]
         for step in steps:
-            below.append(below[-1] + step.cost.of(CHANGES))
+            below.append(below[-1] + step.cost.of(min(positions, CHANGES)))
         cuts: list[tuple[float, int, int]] = []  # what it costs, where it is, and how many positions a batch of values has
         above, model, largest = Cost(), Cost(), 0
         for at in range(len(steps), -1, -1):
@@ -176,7 +178,7 @@ class Sweep:
             crossing = [source for source, own in made.items() if own < at <= last.get(source, -1)]
             if at < len(steps) and any(map(self.stays_patch, crossing)):  # its value is a row, and its change a map's
                 continue
-            size = costs.size_of_batch(largest, itemsize, device)
+            size = even(positions, costs.size_of_batch(largest, itemsize, device))
             entered = sum(map(costs.formed, crossing), Cost()) if at < len(steps) else Cost()
             cuts.append((below[at] + (above + entered).of(size), at, size))
         cost, at, self.value_size = min(cuts) if changes is None else next(cut for cut in cuts if cut[1] <= changes)
@@ -185,7 +187,7 @@ class Sweep:
         if upper:
             stages = [stage for stage in self.network.stages if stage in upper]
             self.values = Values(stages, self.readers, self.feature, self.output, self.dtype, self.device)
-        return cost, model.of(costs.size_of_batch(largest, itemsize, device))
+        return cost, model.of(even(positions, costs.size_of_batch(largest, itemsize, device)))
 
     def on_values(self, step: _Step) -> Cost:
         """What the step's stages cost as whole maps."""
@@ -248,7 +250,7 @@ class Sweep:
         elif stage.kind == "pad":
             run, clean, own, work = Sweep.change_pad, (), below.reached(stage.window, stage.shape[1:]), "cut"
         elif stage.kind in ("add", "cat"):
-            run, clean, work = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, (), "move"
+            run, clean, work = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, (), "add"
             own = self.joint(stage)
         elif stage.kind == "product" and _multiplies_by_place(stage):
             run, clean, work, dense = Sweep.change_factors, tuple(stage.inputs), "product", 1.0
@@ -273,16 +275,16 @@ class Sweep:
             return Cost()
         out = self.patch(step.result)
         if work == "any":
-            whole = sum(map(costs.count, step.clean))
-            return costs.whole(step.result, "values") + Cost(whole * costs.CHANGED["any"], costs.CALL)
+            moved = sum(map(costs.count, step.clean)) * costs.CHANGED["any"]
+            return costs.whole(step.result, "values") + Cost(moved, costs.CALL_CHANGE)
         rate = costs.CHANGED[work]
-        if work == "pointwise" and not self.has_kernel(step.result):
+        if work == "pointwise" and step.result.options["native"] is None:
             rate = costs.CHANGED["function"]
         cost = max(out, *map(self.patch, step.sources)) * rate
         if step.result.kind in ("add", "cat", "product"):
             moved = [s for s in step.sources if self.rects[s] != self.rects[step.result]]
             cost += len(moved) * out * costs.CHANGED["cut"]
-        return Cost(cost, costs.CALL)
+        return Cost(cost, costs.CALL_CHANGE)
 
     def patch(self, stage: Stage) -> int:
         """How many values its change has."""
@@ -332,7 +334,7 @@ class Sweep:
             macs=pairs * shape[1] * shape[0],
             plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             cost=costs.product_of_changes(
-                pairs, shape, groups, self.density[source], self.patch(source), self.patch(result), rectifier is not None
+                pairs, shape, groups, self.density[source], self.patch(source), self.patch(result), weight.nbytes > KEPT_BYTES
             ),
             before=before,
             filters=delta_filters(weight, scale, shape, groups, self.precision),
@@ -384,11 +386,10 @@ class Sweep:
             length = max(length, end)
         return offset, length
 
-    def picked(self, stage: Stage) -> Tensor:
-        return stage.options["index"].to(self.device)
-
-    def has_kernel(self, stage: Stage) -> bool:
-        return False
+    def picked(self, stage: Stage) -> Tensor | slice:
+        index = stage.options["index"]
+        neighbours = slice(int(index[0]), int(index[0]) + len(index))
+        return neighbours if index.tolist() == list(range(neighbours.start, neighbours.stop)) else index.to(self.device)
 
     def channels(self, stage: Stage) -> int:
         """Of its change, [B, channels, h, w]: what is no map travels as maps of one pixel."""
@@ -430,7 +431,7 @@ class Sweep:
         per_image, columns = len(self.rank), len(self.boxes[1])
         size = min(self.batch_size, len(index))
         if self.chosen_size is None:
-            size = -(-len(index) // -(-len(index) // size))  # batches of near-equal sizes
+            size = even(len(index), size)
         if self.memory is None or len(self.memory) < size * self.length:
             self.memory = torch.empty(size * self.length, dtype=self.dtype, device=self.device)
         covered = None
@@ -461,18 +462,19 @@ class Sweep:
         self, images: Tensor, fill: Tensor, batch: _Batch, index: Tensor, feature: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """As `run`, from the changes of a batch on: the rest on values, a few positions at a time."""
-        for begin in range(0, len(index), self.value_size):
-            some = batch.part(begin, begin + self.value_size)
+        size = even(len(index), self.value_size)
+        for begin in range(0, len(index), size):
+            some = batch.part(begin, begin + size)
             values = {stage: self.value(stage, images, fill, some) for stage in self.values.entering}
             with arithmetic(self.device, self.precision):
                 asked = self.values.run(values)
-            own = None if feature is None else feature[begin : begin + self.value_size]
+            own = None if feature is None else feature[begin : begin + size]
             if self.feature in asked:
                 clean = batch.maps[self.feature].reshape(-1, *self.feature.shape)
                 own = asked[self.feature] - clean[some.image]
             elif own is not None and len(self.feature.shape) != 3:
                 own = own.reshape(len(own), *self.feature.shape)
-            yield index[begin : begin + self.value_size], asked[self.output].to(self.dtype).contiguous(), own
+            yield index[begin : begin + size], asked[self.output].to(self.dtype).contiguous(), own
 
     def painted(self, images: Tensor, fill: Tensor, batch: _Batch) -> Tensor:
         """What the boxes change the pictures by."""
@@ -547,13 +549,16 @@ class Sweep:
     def change_pointwise(self, step: _Step, batch: _Batch) -> Tensor:
         source, out, function = step.sources[0], self.result(step, batch), step.result.options["function"]
         change, clean = batch.changes[source], batch.maps[source]
-        if self.has_kernel(step.result):
-            return pointwise_delta(change, clean, step.result.options["native"], self.places(step, batch), out)
+        if (native := step.result.options["native"]) is not None:
+            return pointwise_delta(change, clean, native, self.places(step, batch), out)
         before = self.clean(source, self.rects[source], batch)
         return torch.sub(function(before + change), function(before), out=out)
 
     def change_channels(self, step: _Step, batch: _Batch) -> Tensor:
-        return torch.index_select(batch.changes[step.sources[0]], 1, step.factor, out=self.result(step, batch))
+        change, out = batch.changes[step.sources[0]], self.result(step, batch)
+        if isinstance(step.factor, slice):
+            return out.copy_(change[:, step.factor])
+        return torch.index_select(change, 1, step.factor, out=out)
 
     def change_factors(self, step: _Step, batch: _Batch) -> Tensor:
         """What a product of two maps changes by: a db + b da + da db."""
@@ -627,6 +632,11 @@ class Sweep:
         out = self.result(step, batch)
         result = step.result.run(*inputs).reshape(out.shape)
         return torch.sub(result, batch.maps[step.result][batch.image], out=out)
+
+
+def even(count: int, most: int) -> int:
+    """The size of as few parts of so many as hold `most` each at the most, near-equal ones."""
+    return -(-count // -(-count // most))
 
 
 def _tiled(rows: int, columns: int) -> Tensor:

@@ -19,8 +19,14 @@ from zfcore.network import Stage, scale_of
 
 LAST = torch.channels_last
 
-# What oneDNN does with a convolution, and what torch does in place.
-WITH_PRODUCT = {"silu": "swish", "hardswish": "hardswish", "hardsigmoid": "hardsigmoid", "sigmoid": "sigmoid", "tanh": "tanh"}
+# What oneDNN does with a convolution, by its names; not what it turns NaN into a number with. And what torch does in place.
+WITH_PRODUCT = {
+    "silu": ("swish", ""),
+    "sigmoid": ("sigmoid", ""),
+    "tanh": ("tanh", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,
@@ -130,7 +136,7 @@ class Values:
         return (scale, one) if torch.equal(shift, one[:, None].expand_as(shift)) else None
 
     def convolution(
-        self, stage: Stage, scale: Tensor | None, shift: Tensor | None, name: str | None
+        self, stage: Stage, scale: Tensor | None, shift: Tensor | None, name: tuple[str, str] | None
     ) -> Callable[[Tensor], Tensor]:
         options, (kernel, stride, before, dilation) = stage.options, stage.window
         weight, bias, groups = options["weight"]().detach(), options["bias"](), options["groups"]
@@ -148,8 +154,10 @@ class Values:
             shape = [1, *stage.inputs[0].shape]
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, shape)
 
+            function, algorithm = name or ("none", "")
+
             def product(x: Tensor) -> Tensor:
-                return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, name or "none", [], "")
+                return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, function, [], algorithm)
         else:
             weight = weight.contiguous(memory_format=LAST) if self.last else weight
 
@@ -226,14 +234,9 @@ class Values:
         return asked
 
 
-def _done_with_product(stage: Stage) -> str | None:
-    if stage.kind == "relu":
-        rectifier = stage.options["rectifier"]
-        return "relu" if not rectifier.slope and rectifier.upper == float("inf") else None
-    if stage.kind == "pointwise" and stage.options["native"] is not None:
-        name, a, b = stage.options["native"]
-        return WITH_PRODUCT.get(name) if a == b == 0 else None
-    return None
+def _done_with_product(stage: Stage) -> tuple[str, str] | None:
+    native = stage.options["native"] if stage.kind == "pointwise" else None
+    return None if native is None else WITH_PRODUCT.get(native[0])
 
 
 def _packs_filters() -> bool:
