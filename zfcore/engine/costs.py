@@ -66,15 +66,16 @@ VALUES = {
 CHANGED = {  # the same, of a change: with its clean map beside it
     "move": 0.20,
     "add": 0.45,
+    "cat": 0.30,
     "relu": 0.29,
     "max_pool": 0.80,
     "avg_pool": 1.40,
     "lrn": 2.5,
-    "cut": 0.25,  # moved to another rectangle
+    "cut": 0.20,  # moved to another rectangle
     "pointwise": 0.40,
     "function": 3.50,  # one that no kernel knows: the clean map cut, and the function of two patches
     "product": 2.80,
-    "channels": 1.00,
+    "channels": 0.80,
     "any": 1.2,  # on whole maps: they are gathered, added up and subtracted again
 }
 # Of one operation, whatever is in it: torch's, and those that call oneDNN or the kernels of changes.

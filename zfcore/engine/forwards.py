@@ -84,7 +84,9 @@ class Forwards:
     def fitted(self, owners: Tensor, clean: bool) -> Parts:
         """One image's parts; how many rows a batch has follows from what is seen of that forward, where nobody said."""
         rows = self.images[owners]
-        if self.batch_size is not None or not len(owners):
+        if not len(owners):
+            self.batch_size = self.batch_size or 1
+        if self.batch_size is not None:
             return self.look(rows, owners, clean)
         if is_compiled(self.model):  # a mode would be compiled into it
             parts, largest = self.look(rows, owners, clean), UNSEEN * rows.nbytes

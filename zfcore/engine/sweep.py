@@ -12,6 +12,7 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2. The reuse of clean maps: N
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ CLEAN_BYTES = 512 * 2**20  # of the clean maps of one batch of images
 BATCHES = {"cpu": (160 * 2**20, 1024), "cuda": (2**30, 4096)}
 ALIGNED = 4  # values: changes begin at multiples of 16 bytes, which move at once
 CHANGES = 256  # how many it is counted with
+SURELY = 0.95  # of what changes alone are counted to cost: for no less do values travel
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
 
 
@@ -181,7 +183,12 @@ class Sweep:
             size = even(positions, costs.size_of_batch(largest, itemsize, device))
             entered = sum(map(costs.formed, crossing), Cost()) if at < len(steps) else Cost()
             cuts.append((below[at] + (above + entered).of(size), at, size))
-        cost, at, self.value_size = min(cuts) if changes is None else next(cut for cut in cuts if cut[1] <= changes)
+        chosen = min(cuts)
+        if changes is not None:
+            chosen = next(cut for cut in cuts if cut[1] <= changes)
+        elif chosen[0] > SURELY * cuts[0][0]:
+            chosen = cuts[0]  # no values
+        cost, at, self.value_size = chosen
         upper = {stage for step in steps[at:] for stage in step.stages}
         self.steps, self.values = steps[:at], None
         if upper:
@@ -250,7 +257,7 @@ class Sweep:
         elif stage.kind == "pad":
             run, clean, own, work = Sweep.change_pad, (), below.reached(stage.window, stage.shape[1:]), "cut"
         elif stage.kind in ("add", "cat"):
-            run, clean, work = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, (), "add"
+            run, clean, work = Sweep.change_add if stage.kind == "add" else Sweep.change_cat, (), stage.kind
             own = self.joint(stage)
         elif stage.kind == "product" and _multiplies_by_place(stage):
             run, clean, work, dense = Sweep.change_factors, tuple(stage.inputs), "product", 1.0
@@ -466,7 +473,7 @@ class Sweep:
         for begin in range(0, len(index), size):
             some = batch.part(begin, begin + size)
             values = {stage: self.value(stage, images, fill, some) for stage in self.values.entering}
-            with arithmetic(self.device, self.precision):
+            with contextlib.nullcontext() if self.precision == "exact" else arithmetic(self.device, self.precision):
                 asked = self.values.run(values)
             own = None if feature is None else feature[begin : begin + size]
             if self.feature in asked:

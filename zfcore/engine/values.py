@@ -122,16 +122,19 @@ class Values:
         return set(done)
 
     def affine(self, stage: Stage) -> tuple[Tensor, Tensor] | None:
-        """What a stage multiplies each channel by and adds to it, [C] each, where it does no more than that."""
+        """What a stage multiplies each channel by and adds to it, [C] each, where it does that and no more."""
         if stage.kind not in ("batch_norm", "scale", "identity") or len(stage.shape) != 3:
             return None
-        channels = stage.shape[0]
+        channels, made = stage.shape[0], {"dtype": self.dtype, "device": self.device}
         if stage.kind == "identity":
-            scale = torch.ones(channels, dtype=self.dtype, device=self.device)
+            scale = torch.ones(channels, **made)
         else:
-            scale = torch.as_tensor(scale_of(stage), dtype=self.dtype, device=self.device).reshape(-1).expand(channels)
-        size = (1, 1) if stage.kind == "batch_norm" else stage.shape[1:]
-        shift = stage.run(torch.zeros(1, channels, *size, dtype=self.dtype, device=self.device))[0].flatten(1)
+            scale = torch.as_tensor(scale_of(stage), **made).reshape(-1).expand(channels)
+        if stage.kind == "scale":
+            return scale, torch.zeros(channels, **made)
+        if stage.kind == "batch_norm":
+            return scale, stage.run(torch.zeros(1, channels, 1, 1, **made)).flatten()
+        shift = stage.run(torch.zeros(1, *stage.shape, **made))[0].flatten(1)  # a constant is added, or none
         one = shift[:, 0]
         return (scale, one) if torch.equal(shift, one[:, None].expand_as(shift)) else None
 
