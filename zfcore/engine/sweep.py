@@ -73,6 +73,7 @@ class _Step:
     plain: float = 0.0
     cost: Cost = Cost()
     before: Stage | None = None  # what the rectifier reads that is done with a convolution
+    weight: tuple | None = None  # what its filters are made of, once it is known to run
     filters: DeltaFilters | None = None
     convolution: ConvChange | None = None
     factor: Tensor | slice | None = None  # what a change is multiplied by, or the channels picked
@@ -160,7 +161,8 @@ class Sweep:
     def divide(self, changes: int | None) -> tuple[float, float]:
         """Which steps are taken on changes, and what runs on values: of all ways to cut the steps in two, the least.
 
-        Gives what a position is counted to cost, and what it costs the model's own forward.
+        Gives what a position is counted to cost, and what it costs the model's own forward; `macs` and `plain_macs` are
+        their multiply-adds, with all inside a patch counted as changed.
         """
         steps, device, itemsize = self.steps, self.device.type, self.dtype.itemsize
         last = {source: at for at, step in enumerate(steps) for source in step.sources}
@@ -190,7 +192,12 @@ class Sweep:
             chosen = cuts[0]  # no values
         cost, at, self.value_size = chosen
         upper = {stage for step in steps[at:] for stage in step.stages}
+        self.macs = sum(step.macs for step in steps[:at]) + sum(step.plain for step in steps[at:])
+        self.plain_macs = sum(step.plain for step in steps)
         self.steps, self.values = steps[:at], None
+        for step in self.steps:
+            if step.weight is not None:
+                step.filters = delta_filters(*step.weight, self.precision)
         if upper:
             stages = [stage for stage in self.network.stages if stage in upper]
             self.values = Values(stages, self.readers, self.feature, self.output, self.dtype, self.device)
@@ -344,18 +351,9 @@ class Sweep:
                 pairs, shape, groups, self.density[source], self.patch(source), self.patch(result), weight.nbytes > KEPT_BYTES
             ),
             before=before,
-            filters=delta_filters(weight, scale, shape, groups, self.precision),
+            weight=(weight, scale, shape, groups),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),
         )
-
-    @property
-    def macs(self) -> float:
-        """Counted multiply-adds of a position; `plain_macs`: of a whole forward."""
-        return sum(step.macs for step in self.steps)
-
-    @property
-    def plain_macs(self) -> float:
-        return sum(step.plain for step in self.steps)
 
     @property
     def finite(self) -> bool:
