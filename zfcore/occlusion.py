@@ -165,7 +165,7 @@ def occlusion_map(
                 and all positions of every cell of that coarse grid at whose corners an answer differs; the rest is
                 interpolated, and `error` says how far off that was at a sample of it.
     tolerance:  of the range of an image's answers, what the corners of a cell may differ by with mode="adaptive".
-    batch_size: positions worked at at once; None chooses so that their maps take about 256 MB.
+    batch_size: positions worked at at once; None chooses by the size of their maps.
     strict:     raise UnsupportedOperation where otherwise plain batched forwards give the same answer: for a network
                 that zfcore.network cannot read, a dtype or device without kernels, weights that are not finite. Not
                 where forwards are as fast: `reason` says so then.

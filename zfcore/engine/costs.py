@@ -124,7 +124,9 @@ def whole(stage: Stage, runner: str) -> Cost:
         kind, macs = product_kind(shape, options["groups"]), size * math.prod(shape[1:])
         return Cost(product(runner, kind, macs, read, size), CALL_PRODUCT + math.prod(shape) * WEIGHT)
     if "matrix" in options:
-        return Cost(product(runner, "pointwise", size * read, read, size), CALL_PRODUCT + size * read * WEIGHT)
+        outputs, features = options["matrix"]().shape
+        weights = outputs * features
+        return Cost(product(runner, "pointwise", size * features, read, size), CALL_PRODUCT + weights * WEIGHT)
     if stage.kind == "identity":
         return Cost()
     name = "avg_pool" if options.get("mean") else "move" if options.get("flat") else NAMES.get(stage.kind, "map")

@@ -222,7 +222,7 @@ class Sweep:
         """What follows a product and is done with it: factors, and then perhaps a rectifier."""
         chain: list[Stage] = []
         last = stage
-        while stage.kind == "conv" or "matrix" in stage.options:
+        while stage.kind == "conv" or is_full_layer(stage):
             readers = self.readers[last]
             if len(readers) != 1 or last in (self.feature, self.output):
                 break
@@ -236,7 +236,7 @@ class Sweep:
 
     def plan(self, stage: Stage) -> _Step:
         options = stage.options
-        if stage.kind == "conv" or "matrix" in options:
+        if stage.kind == "conv" or is_full_layer(stage):
             return self.plan_product(stage)
         source = stage.inputs[0]
         below = self.rects[source]
@@ -310,7 +310,7 @@ class Sweep:
             bool(stage.options.get("flat"))
             and len(stage.inputs[0].shape) == 3
             and stage not in (self.output, self.feature)
-            and all("matrix" in reader.options for reader in self.readers[stage])
+            and all(map(is_full_layer, self.readers[stage]))
         )
 
     def plan_product(self, stage: Stage) -> _Step:
@@ -660,6 +660,11 @@ def _multiplies_by_place(stage: Stage) -> bool:
     """Whether the factors of a product meet as their changes travel: two, each a map or a row of features, or alike."""
     shapes = [source.shape for source in stage.inputs]
     return len(shapes) == 2 and (shapes[0] == shapes[1] or all(len(shape) == 3 for shape in shapes))
+
+
+def is_full_layer(stage: Stage) -> bool:
+    """Whether it is a matrix times a row of features; one times each row of several is run on whole maps."""
+    return "matrix" in stage.options and len(stage.shape) == 1
 
 
 def _limits(stage: Stage | None) -> Limits:
