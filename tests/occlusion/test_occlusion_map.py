@@ -629,8 +629,9 @@ def test_nothing_is_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_batches_of_forwards_keep_to_the_cache():
-    """batch_size=None looks at the largest map, so a wide network gets a smaller batch, and large parameters a larger."""
+def test_batches_of_forwards_keep_to_the_cache(monkeypatch):
+    """batch_size=None looks at the largest map, so a wide network gets a smaller batch."""
+    monkeypatch.setattr("zfcore.occlusion.sweeps", lambda images: False)
     sizes = {}
     for width in (8, 512):
         seen = []
@@ -642,7 +643,8 @@ def test_batches_of_forwards_keep_to_the_cache():
             nn.Linear(width, 4),
         )
         model.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(len(inputs[0])))
-        occlusion_map(model, pictures(1, (48, 48)), box=8, stride=4)
+        with pytest.warns(UserWarning, match="plain forwards"):
+            occlusion_map(model, pictures(1, (48, 48)), box=8, stride=4)
         sizes[width] = max(seen)
     assert sizes[8] == 121  # all positions at once
     assert sizes[512] * 512 * 48 * 48 * 4 <= 20 * 2**20 < (sizes[512] + 1) * 512 * 48 * 48 * 4

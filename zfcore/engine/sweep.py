@@ -211,9 +211,7 @@ class Sweep:
 
     @property
     def refusal(self) -> str | None:
-        """Why plain forwards are to be run instead, None where they are not."""
-        if not self.finite:
-            return "weights are not finite"
+        """Why plain forwards are to be run instead, None where they cost more."""
         if self.cost >= self.model_cost:
             return f"plain forwards cost less: by count, the engine takes {self.cost / self.model_cost:.2f} times as long"
         return None
