@@ -197,6 +197,16 @@ def test_the_callers_images_and_the_parameters_are_not_written_to(cut):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["unflattened", "full layers", "squeeze and excitation"])
+def test_values_beside_changes_of_bf16(name, cut):
+    model, images = build(name), pictures(2)
+    logits = by_forwards(model, images, 9, 6)[..., 3]
+    for at in range(0, cuts(model, images) + 1, 2):
+        cut(at)
+        o = occlusion_map(model, images, 3, box=9, stride=6, score="logit", precision="bf16")
+        assert close(o.scores, logits, 3e-2)
+
+
 # ---- What is counted
 
 

@@ -469,7 +469,8 @@ class Sweep:
         for begin in range(0, len(index), size):
             some = batch.part(begin, begin + size)
             values = {stage: self.value(stage, images, fill, some) for stage in self.values.entering}
-            with contextlib.nullcontext() if self.precision == "exact" else arithmetic(self.device, self.precision):
+            narrow = self.precision != "exact" and self.device.type != "cpu"  # packed filters are float32
+            with arithmetic(self.device, self.precision) if narrow else contextlib.nullcontext():
                 asked = self.values.run(values)
             own = None if feature is None else feature[begin : begin + size]
             if self.feature in asked:
