@@ -138,7 +138,7 @@ def test_features_of_changes_and_of_values(layer, cut):
     module, rows = model.get_submodule(layer), painted(images, 9, 7).flatten(0, 2)
     every, clean = totals(model, module, rows)[:, 0], totals(model, module, images)[:, 0]
     scores = by_forwards(model, images, 9, 7)[..., 1]
-    for at in range(0, cuts(model, images) + 1):
+    for at in range(cuts(model, images) + 1):
         cut(at)
         o = occlusion_map(model, images, 1, box=9, stride=7, feature=(layer, 0), score="logit")
         assert close(o.activation.flatten(), every) and close(o.clean_activation, clean), at

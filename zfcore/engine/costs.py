@@ -1,8 +1,8 @@
 """What the operations of occlusion cost, counted: by which its engine chooses how a network is run.
 
-Three ways are compared, a position in the mean: the model's own forward; changes, on the patches that a box reaches; and
-values, whole maps in the engine's own batches. The count is of multiply-adds, of values that are read or written, and of
-calls, each with the time that one takes by its kind.
+Three ways are compared, a position in the mean: the model's own forward; changes, on the patches that a box reaches;
+and values, whole maps in the engine's own batches. The count is of multiply-adds, of values that are read or written,
+and of calls, each with the time that one takes by its kind.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ RECTIFIED = 0.6  # of the changes behind a rectifier, how many are not zero
 VALUE_BYTES = {"cpu": 20 * 2**20, "cuda": 128 * 2**20}  # of the largest map of a batch of values
 MOST_VALUES = {"cpu": 256, "cuda": 1024}  # and how many are in it at the most
 
-# Nanoseconds on one core (AMD EPYC, AVX-512, torch 2.13), fitted to the operations of twelve networks, each timed on its own
-# with box 32 and stride 32: medians of their CPU time. On two cores, and with AVX2, all grow or shrink alike but for some
-# tens of percent; only ratios matter.
-# Of products: of a multiply-add, of a value read, and of one written. "values": torch's convolutions as the engine calls
-# them, with packed filters and channels last; "model": as a model calls them; "changes": conv_delta, which meets only
+# Nanoseconds on one core (AMD EPYC, AVX-512, torch 2.13), fitted to the operations of twelve networks, each timed on its
+# own with box 32 and stride 32: medians of their CPU time. Only ratios matter. They were not measured with AVX2 or on a
+# GPU, which are counted by the same table.
+# Of products: of a multiply-add, of a value read, and of one written. "values": torch's convolutions as the engine
+# calls them, with packed filters and channels last; "model": as a model calls them; "changes": conv_delta, which meets only
 # what is not zero, its rectifier included.
 PRODUCTS = {
     "values": {

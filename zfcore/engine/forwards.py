@@ -24,7 +24,7 @@ SCRATCH_BYTES = 256 * 2**20
 # every result, all of which have to be cleared. But the parameters are read by each batch, and this share of their bytes
 # is as much as that may be: large full layers want more rows.
 PARAMETERS = 16
-UNSEEN = 8  # where a network's results cannot be seen, how many times larger than the picture the largest is taken to be
+UNSEEN = 8  # where results cannot be seen, how many times larger than the picture the largest is taken to be
 
 
 class Forwards:

@@ -60,8 +60,8 @@ class _Step:
     """One operation on changes, or several at once.
 
     result: the stage whose change it gives. sources: those whose changes it reads. run: the method of Sweep.
-    clean: the stages whose clean maps it reads. stages: all that is done. macs: its multiply-adds a position, counted as
-    if all inside a patch changed; plain: those of the whole map. cost: what it takes.
+    clean: the stages whose clean maps it reads. stages: all that is done. macs: its multiply-adds a position, counted
+    as if all inside a patch changed; plain: those of the whole map. cost: what it takes.
     """
 
     result: Stage
@@ -167,11 +167,11 @@ class Sweep:
         steps, device, itemsize = self.steps, self.device.type, self.dtype.itemsize
         last = {source: at for at, step in enumerate(steps) for source in step.sources}
         made = {self.picture: -1} | {step.result: at for at, step in enumerate(steps)}
-        positions = len(self.boxes[0]) * len(self.boxes[1])  # no batch is counted larger, of however many images they are
+        positions = len(self.boxes[0]) * len(self.boxes[1])  # no batch is counted larger, however many images there are
         below = [0.0]
         for step in steps:
             below.append(below[-1] + step.cost.of(min(positions, CHANGES)))
-        cuts: list[tuple[float, int, int]] = []  # what it costs, where it is, and how many positions a batch of values has
+        cuts: list[tuple[float, int, int]] = []  # what it costs, where it is, and the positions of a batch of values
         above, model, largest = Cost(), Cost(), 0
         for at in range(len(steps), -1, -1):
             if at < len(steps):
@@ -213,7 +213,8 @@ class Sweep:
     def refusal(self) -> str | None:
         """Why plain forwards are to be run instead, None where they cost more."""
         if self.cost >= self.model_cost:
-            return f"plain forwards cost less: by count, the engine takes {self.cost / self.model_cost:.2f} times as long"
+            times = self.cost / self.model_cost
+            return f"plain forwards cost less: by count, the engine takes {times:.2f} times as long"
         return None
 
     def fused(self, stage: Stage) -> list[Stage]:
@@ -346,8 +347,9 @@ class Sweep:
             macs=pairs * shape[1] * shape[0],
             plain=below.whole(map).pairs(window, above) * shape[1] * shape[0],
             cost=costs.product_of_changes(
-                pairs, shape, groups, self.density[source], self.patch(source), self.patch(result), weight.nbytes > KEPT_BYTES
-            ),
+                pairs, shape, groups, self.density[source], self.patch(source), self.patch(result),
+                sliced=weight.nbytes > KEPT_BYTES,
+            ),  # fmt: skip
             before=before,
             weight=(weight, scale, shape, groups),
             convolution=ConvChange(window, groups, tuple(map), tuple(above), _limits(rectifier)),
@@ -608,7 +610,8 @@ class Sweep:
         y0, x0, y1, x1 = batch.boxes[:, :, None].unbind(1)
         rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
         covered = (rows[:, :, None] & columns[:, None, :])[:, None]
-        return torch.where(covered, fill[batch.image], images[batch.image]).contiguous(memory_format=torch.channels_last)
+        painted = torch.where(covered, fill[batch.image], images[batch.image])
+        return painted.contiguous(memory_format=torch.channels_last)
 
     def moved(self, source: Stage, step: _Step, batch: _Batch, by: Pair = (0, 0)) -> Tensor:
         """A source's change as a patch where the step's result lies, the map moved `by` rows and columns."""

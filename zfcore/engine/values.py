@@ -1,9 +1,9 @@
 """Whole maps: the upper stages of a network as plain operations on a batch, faster than its own forward.
 
-Above some stage of a network a box has changed all there is, or nearly, and a change is no less than a map. From there on
-the maps themselves travel, `clean + change` formed once: nothing is gathered, added up and subtracted, no clean map is
-read. Batch normalisation and constants are folded into the convolution before them, what rectifies is done with it or in
-place, maps lie channels last, and the batch is small enough to stay in the cache.
+Above some stage of a network a box has changed all there is, or nearly, and a change is no less than a map. From there
+on the maps themselves travel, `clean + change` formed once: nothing is gathered, added up and subtracted, no clean map is
+read. Batch normalisation and constants are folded into the convolution before them, functions of each value are done
+with it or in place, maps lie channels last, and the batch is small enough to stay in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from zfcore.network import Stage, scale_of
 
 LAST = torch.channels_last
 
-# What oneDNN does with a convolution, by its names; not what it turns NaN into a number with. And what torch does in place.
+# What oneDNN does with a convolution, by its names: not rectifiers, with which it turns NaN into numbers. And what torch
+# does in place.
 WITH_PRODUCT = {
     "silu": ("swish", ""),
     "sigmoid": ("sigmoid", ""),
@@ -71,7 +72,8 @@ class Values:
         self.wanted = self.stages & {feature, output}
         self.dtype, self.device = dtype, device
         self.packs = device.type == "cpu" and dtype == torch.float32 and _packs_filters()
-        self.last = dtype != torch.float64 or device.type != "cpu"  # channels last, which torch's double products are slow on
+        # Whether maps lie channels last, which the CPU's products of doubles are slow on.
+        self.last = dtype != torch.float64 or device.type != "cpu"
         # Whose value is no other's memory, so that it may be written over.
         self.owned = {source for stage in stages for source in stage.inputs if source not in self.stages}
         self.entering = list(self.owned)
@@ -225,7 +227,7 @@ class Values:
         return lambda x: x[:, index], True
 
     def run(self, values: dict[Stage, Tensor]) -> dict[Stage, Tensor]:
-        """From the values of `entering`, [B, *shape], which may be written over: those of the output and the feature."""
+        """From the values of `entering`, [B, *shape], which may be written over: the output's and the feature's."""
         asked: dict[Stage, Tensor] = {}
         for operation in self.operations:
             value = operation.run(*(values[source] for source in operation.sources))
