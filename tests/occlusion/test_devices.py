@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from waiting import NothingWaits, OneDevice
+
 from zfcore import reference
 from zfcore.engine import sweep as engine
 from zfcore.engine.adaptive import Everything

@@ -234,6 +234,8 @@ def test_positions_of_several_images_share_one_reused_buffer():
 
     class Spy(VGGLike):
         def forward(self, x):
+            if x.sum() > 1e9:  # which keeps the engine out
+                return x
             seen.append(len(x))
             storage.append(x.data_ptr())
             return super().forward(x)
@@ -449,12 +451,20 @@ def test_networks_of_other_dtypes():
 
 
 def test_bf16_is_close_and_says_so_in_the_arithmetic():
-    model, images = network(VGGLike), pictures(2, (16, 16))
-    exact = occlusion_map(model, images, box=5, stride=4)
     seen = []
-    handle = model[0].register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+
+    class Spy(VGGLike):
+        def forward(self, x):
+            if x.sum() > 1e9:  # which keeps the engine out
+                return x
+            seen.append(self[0](x).dtype)
+            return super().forward(x)
+
+    model, images = network(Spy), pictures(2, (16, 16))
+    exact = occlusion_map(model, images, box=5, stride=4)
+    assert set(seen) == {torch.float32}
+    seen.clear()
     narrow = occlusion_map(model, images, exact.targets, box=5, stride=4, precision="bf16")
-    handle.remove()
     assert set(seen) == {torch.bfloat16}
     assert narrow.scores.dtype == torch.float32
     assert close(narrow.scores, exact.scores, 2e-2) and not torch.equal(narrow.scores, exact.scores)

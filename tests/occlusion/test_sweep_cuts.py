@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from occluded_networks import CLASSES, NETWORKS, build, by_forwards, close, painted, pictures, totals
+from occluded_networks import (
+    CLASSES,
+    NETWORKS,
+    build,
+    by_forwards,
+    close,
+    painted,
+    pictures,
+    totals,
+)
 from torch import nn
 
 from zfcore.engine import costs

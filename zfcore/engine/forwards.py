@@ -16,7 +16,7 @@ from zfcore.call import fitting
 from zfcore.engine.costs import MOST_VALUES, VALUE_BYTES
 from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Parts
-from zfcore.network import fixed_batch, Kept
+from zfcore.network import Kept, fixed_batch
 
 # What batch_size=None lets one batch's pixels and feature maps take on a GPU.
 SCRATCH_BYTES = 256 * 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
 from zfcore.network.geometry import Field
-from zfcore.network.guard import Observer, observing
+from zfcore.network.guard import Observer, kept, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
 from zfcore.network.record import IMAGES, OTHER_IMAGES, Record, alike
 from zfcore.network.stages import Stage
@@ -92,11 +93,13 @@ def read_network(
     """
     name, call = resolve_layer(model, layer) if layer is not None else ("", None)
     record = _recorded(model, image_shape, example, gradient)
-    module = model.get_submodule(name)
+    module = dict(model.named_modules(remove_duplicate=False))[name]
     calls = record.calls.get(module, [])
     label = name if call is None else f"{name}@{call}"
     if record.failure is not None and (call is None or call >= len(calls)):
         _check_all_seen(record, module, calls, example if call is None else None)
+    if not calls and isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedOperation(f"{record.described(module)} is TorchScript, inside which calls cannot be seen")
     if not calls:
         raise LayerNotFound(f"layer={label!r}: expected a layer that the model calls on its way")
     if call is not None and call >= len(calls):
@@ -133,7 +136,7 @@ def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tens
         raise UnsupportedOperation(f"'{name}' ({type(hooked).__name__}) has hooks, which may change what it computes")
     place = (model, image_shape, parameter.dtype, parameter.device, gradient, example[:1] if hooked is not None else None)
     fixed = fixed_batch(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _own_precision(parameter.device):
         record = Record(*place, fixed or IMAGES)
         record.run()
         if fixed is None and record.count_used and not isinstance(record.failure, ShapeError):
@@ -146,6 +149,12 @@ def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tens
                     )
                     record.calls = {}
     return record
+
+
+def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """The model's, whatever autocast surrounds the call."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _hooked(model: nn.Module) -> nn.Module | None:
@@ -165,10 +174,12 @@ def _check_all_seen(record: Record, module: nn.Module, calls: list[object], exam
     """Refuse a layer that may be called, for the first time or again, after the forward was lost."""
     if isinstance(record.failure, ShapeError) and calls and module is not record.model:
         return  # no forward goes on from there
-    if calls and example is not None and module is not record.model:
+    if calls and example is not None and len(example) and module is not record.model:
         outputs: list[object] = []
-        with observing(module, outputs.append), torch.no_grad():
-            record.model(example.clone())
+        with kept(record.model) as held, held.watching(), observing(module, outputs.append), torch.no_grad():
+            # Where the model itself fails, no forward goes on from there either.
+            with contextlib.suppress(Exception):
+                record.model(example.clone())
         if len(outputs) == len(calls):
             return
     raise record.failure
