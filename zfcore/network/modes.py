@@ -78,9 +78,13 @@ def _sizes(record: Record, value, function, args, kwargs):
         if isinstance(dim, str) or dim % args[0].dim() != axis:
             return result
     # The number of images itself, or of all values; `len` makes a plain int of it, whose comparisons nobody sees.
-    record.count_used = True
-    record.count_compared |= function is Tensor.__len__
+    (record.count.tell if function is Tensor.__len__ else record.count.use)()
     return BatchSize(result)
+
+
+def _strides(record: Record, value, function, args, kwargs):
+    record.count.use()  # which is in them where the images are not the first axis
+    return function(*args, **kwargs)
 
 
 def _escapes(record: Record, value, function, args, kwargs):
@@ -131,6 +135,7 @@ def _function_name(function) -> str:
 _SPECIAL: dict[object, Callable] = {
     Tensor.shape.__get__: _sizes, Tensor.size: _sizes, Tensor.__len__: _sizes, Tensor.numel: _sizes,
     Tensor.nelement: _sizes, Tensor.nbytes.__get__: _sizes, torch.numel: _sizes,
+    Tensor.stride: _strides,
     Tensor.tolist: _escapes, Tensor.numpy: _escapes, Tensor.__array__: _escapes, Tensor.data_ptr: _escapes,
     Tensor.__dlpack__: _escapes, Tensor.untyped_storage: _escapes, Tensor.storage: _escapes,
     Tensor.__reduce_ex__: _escapes, Tensor.__deepcopy__: _escapes, Tensor.__repr__: _escapes, Tensor.__format__: _escapes,

@@ -21,6 +21,11 @@ _LIKE = frozenset((
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_empty", "new_full", "new_empty_strided",
 ))  # fmt: skip
+# They return sizes, and what else is no value.
+_ASKING = frozenset((
+    "size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "dim",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed",
+))  # fmt: skip
 _BLANK = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"))
 # They return a view or a copy, as strides have it.
 _MAYBE_COPIES = frozenset(("reshape", "flatten", "contiguous", "reshape_as", "type_as", "to", "_to_copy"))
@@ -41,7 +46,7 @@ class Operator:
     """One overload: its name (`conv2d` for ATen's, with the namespace for another library's), and what it does."""
 
     __slots__ = (
-        "arguments", "blank", "function", "label", "like", "lists", "may_copy", "mutable", "name", "of_channels",
+        "arguments", "asking", "blank", "function", "label", "like", "lists", "may_copy", "mutable", "name", "of_channels",
         "random", "reading", "returning", "rule", "view", "written",
     )  # fmt: skip
 
@@ -59,7 +64,8 @@ class Operator:
         self.view = bool(schema.returns) and schema.returns[0].alias_info is not None
         self.lists = len(schema.returns) == 1 and str(schema.returns[0].type).endswith("[]")
         self.random = torch.Tag.nondeterministic_seeded in function.tags
-        self.reading, self.like, self.blank = name in _READING, name in _LIKE, name in _BLANK
+        self.reading, self.asking = name in _READING, name in _ASKING
+        self.like, self.blank = name in _LIKE, name in _BLANK
         self.may_copy, self.returning, self.of_channels = name in _MAYBE_COPIES, name in _RETURNING, name in _OF_CHANNELS
         self.rule = aten.RULES.get(name)
 

@@ -22,15 +22,13 @@ from torch.utils import checkpoint
 
 from zfcore.errors import ShapeError, UnsupportedOperation, ZfcoreError
 from zfcore.network import aten, whole
+from zfcore.network.counting import IMAGES, Count
 from zfcore.network.guard import kept, recording
 from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
 from zfcore.network.operators import Operator, operator, tensors_in, with_tensors
 from zfcore.network.stages import Stage
 from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced, stages_in
-
-IMAGES = 5  # how many the forward is recorded with; a rule says where they are, so any number above one would do
-OTHER_IMAGES = (3, 1)  # and how many where the model used their number, or compared it
 
 
 class Stopped(Exception):
@@ -76,10 +74,10 @@ class Record:
         self.owners: dict[Stage, tuple[nn.Module, int]] = {}  # the innermost call of a module that returned it
         self.output: object = None
         self.failure: ZfcoreError | None = None
-        self.count = 0  # stages so far
+        self.others: list[Record] = []  # those with other numbers of images
+        self.stages = 0  # so far
         self.log: list[tuple] = []  # what was done, for comparison with a record of another number of images
-        self.count_used = False  # whether the model did more with the number of images than give sizes
-        self.count_compared = False  # with another number, so that one image may take another way
+        self.count = Count()  # what the model did with the number of images
         self.python = 0  # torch functions of Python's on their way
         self.inside = 0  # custom autograd functions on their way
         self.quiet = 0  # what is done with tensors now is the record's own doing
@@ -419,10 +417,14 @@ class Record:
         if self.failure is not None:
             raise Stopped(str(self.failure))
         if not self.python:
-            self.count_used = True  # not Python's doing: a script may have asked for the number of images
+            self.count.use()  # not Python's doing: what asked for the number of images is not seen
         if op.reading:
             self.stop(f"reads a value that is computed from the images ({op.label}): its control flow may depend on it")
-        if op.like:  # its values play no part
+        if op.asking:  # TorchScript's way to take a size
+            self.count.tell()
+            return function(*args, **kwargs)
+        if op.like:  # its values play no part, but it has as many images
+            self.count.use()
             args, kwargs = with_tensors(args, _blank), with_tensors(kwargs, _blank)
             return self.constant(op, args, kwargs, [])
         if op.mutable:
@@ -748,8 +750,8 @@ class Record:
         if not stage.index and stage is not self.image:
             for source in stage.inputs:
                 self.named(source, label)
-            self.count += 1
-            stage.index = self.count
+            self.stages += 1
+            stage.index = self.stages
             stage.name = f"{self.paths.get(self.scopes[-1], '')}:{label}"
         return stage
 
@@ -759,6 +761,7 @@ class Record:
 
 
 _HOLDING = (Tensor, tuple, list)
+_SIZING = frozenset(("reshape", "expand"))  # the rules' names for what gives sizes, the number of images among them
 
 
 class _Unseen:
@@ -853,17 +856,19 @@ def _written(base: Tensor, value: Tensor, steps: list) -> Tensor:
     return base
 
 
-def alike(one: list[tuple], other: list[tuple], constants: bool = True) -> bool:
-    """Whether two records did the same. constants: and with the same, whose axis of images one image does not show."""
+def alike(one: list[tuple], other: list[tuple], single: bool = False) -> bool:
+    """Whether two records did the same. single: one of them of one image, which does not show its axis."""
     if [entry[0] for entry in one] != [entry[0] for entry in other]:
         return False
-    if not constants:
-        return True
+    if single:
+        one, other = ([entry for entry in log if entry[0] not in _SIZING] for log in (one, other))
     here, there = list(leaves(replaced_values(one))), list(leaves(replaced_values(other)))
     if len(here) != len(there):
         return False
     for a, b in zip(here, there, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if single:
+                a, b = a.flatten(), b.flatten()
             if a is not b and not (a.shape == b.shape and torch.equal(a, b)):
                 return False
         elif type(a) is not type(b) or (a != b and a == a):
