@@ -106,3 +106,28 @@ def test_the_number_of_images_in_any_form_is_seen(name):
 )
 def test_the_number_of_images_may_be_used(function):
     same(Net(function))
+
+
+# ---- Expressions -------------------------------------------------------------------------------------------
+
+
+def test_maps_with_the_images_second_are_read_in_time_that_their_number_gives():
+    def branching(m, x):
+        y = x.permute(1, 0, 2, 3)
+        for _ in range(40):  # 2 ** 40 ways through
+            y = (y + y.sigmoid()) / 2
+        return y.permute(1, 0, 2, 3)
+
+    start = time.perf_counter()
+    same(Net(branching))
+    assert time.perf_counter() - start < 20
+
+
+def test_maps_with_the_images_second_may_be_thousands():
+    def deep(m, x):
+        y = x.permute(1, 0, 2, 3)
+        for _ in range(1500):
+            y = y.sigmoid()
+        return y.permute(1, 0, 2, 3)
+
+    same(Net(deep))

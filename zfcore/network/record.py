@@ -28,7 +28,7 @@ from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
 from zfcore.network.operators import Operator, operator, tensors_in, with_tensors
 from zfcore.network.stages import Stage
-from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced, stages_in
+from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced
 
 
 class Stopped(Exception):
@@ -593,28 +593,33 @@ class Record:
         if not expression.plain or expression.dtype != self.dtype:
             return expression
         self.materialise(expression)
-        inputs, shape = stages_in(expression), expression.shape[1:]
+        (inputs, run), shape = expression.run(), expression.shape[1:]
         if expression.each is not None and len(inputs) == 1:
-            return self.named(aten.pointwise(inputs[0], expression.run(inputs)), name)
+            return self.named(aten.pointwise(inputs[0], run), name)
         if expression.function is torch.ops.aten.reshape.default and inputs == [expression.args[0]]:
             x = inputs[0]
             if x.shape == shape:
                 return x
             return self.named(aten.whole([x], lambda x: x.reshape(len(x), *shape), shape, flat=len(shape) == 1), name)
-        return self.named(aten.whole(inputs, expression.run(inputs), shape), name)
+        return self.named(aten.whole(inputs, run, shape), name)
 
     def materialise(self, expression: Loose) -> None:
         """Picked channels in an expression become the stages that they stand for."""
+        queue = [expression]
 
         def made(leaf):
             if isinstance(leaf, Picked):
                 return self.named(aten.as_stage(leaf), "index")
             if isinstance(leaf, Loose):
-                self.materialise(leaf)
+                queue.append(leaf)
             return leaf
 
-        expression.args = replaced(expression.args, made)
-        expression.kwargs = {key: replaced(part, made) for key, part in expression.kwargs.items()}
+        while queue:
+            part = queue.pop()
+            if not part.read:
+                part.read = True
+                part.args = replaced(part.args, made)
+                part.kwargs = {key: replaced(value, made) for key, value in part.kwargs.items()}
 
     def picked(self, op: Operator, given: dict, shapes: list) -> list[Value] | None:
         """Views that touch the axes between the images and the rows alone: channels in another order or number."""
