@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import time
 
 import numpy as np
@@ -131,3 +132,69 @@ def test_maps_with_the_images_second_may_be_thousands():
         return y.permute(1, 0, 2, 3)
 
     same(Net(deep))
+
+
+# ---- What a dispatch mode does not see, and what rules take for granted -----------------------------------------
+
+
+def _jacobian(m, x):
+    return x + torch.autograd.functional.jacobian(lambda v: (v**2).sum(), x)
+
+
+UNSEEN = {
+    "numbers of a list": (lambda m, x: x * torch.tensor([1.0, x.mean()])[1], "Tensor.tensor"),
+    "a function of Python's": (lambda m, x: x.apply_(lambda v: v * 2), "apply_"),
+    "gradients inside": (_jacobian, "asks for a gradient inside its forward"),
+    "bits": (lambda m, x: x.view(torch.int32).float(), "view.dtype"),
+    "statistics": (
+        lambda m, x: x * F.batch_norm(m.head.weight, m.mean, m.var, training=True).mean(), "updates statistics"),
+    "lists": (lambda m, x: torch._foreach_mul_([x * 1], 2.0), "_foreach_mul_"),
+    "nothing of the images": (lambda m, x: m.head.weight * 2, "not computed from the images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_cannot_be_seen_is_refused_and_changes_nothing(name):
+    function, match = UNSEEN[name]
+    model = Net(function, mean=nn.Buffer(torch.zeros(4)), var=nn.Buffer(torch.ones(4)))
+    before = [each.clone() for each in model.buffers()]
+    refused(model, match)
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.abs() ** x,
+        lambda m, x: 2**x,
+        lambda m, x: (x * torch.ones(4, 1, 1, dtype=torch.float64) * 1.1).float(),
+        lambda m, x: x * 2 if torch.is_grad_enabled() else x,
+        lambda m, x: x * m.head.weight[0].expand_as(x) + torch.ones(4, 1, 1, dtype=torch.int64).type_as(x),
+    ],
+)
+def test_dtypes_modes_and_shapes_of_others_are_followed(function):
+    same(Net(function))
+
+
+def test_a_failure_that_the_model_catches_is_not_a_way_to_go():
+    def caught(m, x):
+        try:
+            return torch.ops.aten.mul.Tensor(x, torch.ones(2, 1, 1))
+        except RuntimeError:
+            return x
+
+    model = Net(caught)
+    with pytest.raises(Exception, match="does not fit|cannot be followed"):
+        read_network(model.eval(), SHAPE)
+
+
+def test_generators_of_the_model_are_where_they_were():
+    def drawn(m, x):
+        return x + torch.rand(4, 1, 1, generator=m.torch) + m.numpy.random() + m.python.random()
+
+    own = {"torch": torch.Generator(), "numpy": np.random.default_rng(0), "python": random.Random(0)}
+    model = Net(drawn, **own)
+    before = own["torch"].get_state(), own["numpy"].bit_generator.state, own["python"].getstate()
+    refused(model, "random numbers")
+    assert torch.equal(own["torch"].get_state(), before[0])
+    assert (own["numpy"].bit_generator.state, own["python"].getstate()) == before[1:]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zfcore.network import aten, whole
 from zfcore.network.counting import BatchSize, Sizes
 from zfcore.network.operators import operator
-from zfcore.network.values import Unread
+from zfcore.network.values import Unread, leaves
 
 if TYPE_CHECKING:
     from zfcore.network.record import Record
@@ -37,8 +37,13 @@ class Operations(TorchDispatchMode):
         record = self.record
         if record.quiet:
             return function(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
-            return record.operate(function, args, kwargs or {})
+        try:
+            with torch._C.DisableTorchFunction():
+                return record.operate(function, args, kwargs or {})
+        except Exception as error:  # which the model may catch, to go a way that it would not have gone
+            if record.failure is None:
+                record.fail(error)
+            raise
 
 
 class Functions(TorchFunctionMode):
@@ -50,6 +55,11 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         record, kwargs = self.record, kwargs or {}
+        if function in _COPYING and args and isinstance(args[-1], list | tuple):
+            with record.unseen():
+                read = any(isinstance(t, Tensor) and record.value_of(t) is not None for t in leaves(args[-1]))
+            if read:
+                _escapes(record, None, function, args, kwargs)
         special = _SPECIAL.get(function)
         if special is not None:
             first = args[0] if args else None
@@ -98,7 +108,7 @@ def _contiguous(record: Record, value, function, args, kwargs):
 
 def _normalised(record: Record, value, function, args, kwargs):
     """F.local_response_norm, which is many operations on whole maps to torch and one stage to the engines."""
-    if isinstance(value, Unread) or args[0].dim() != 4 or torch.is_grad_enabled() is False:
+    if isinstance(value, Unread) or args[0].dim() != 4 or record.gradient and not torch.is_grad_enabled():
         return function(*args, **kwargs)
     with record.unseen():
         stage = record.named(aten.local_response_norm(value, *args[1:], **kwargs), "local_response_norm")
@@ -110,6 +120,10 @@ def _normalised(record: Record, value, function, args, kwargs):
 def _gradient_asked(record: Record, value, function, args, kwargs):
     """Whether it requires a gradient: under autograd it would."""
     return record.gradient and torch.is_grad_enabled()
+
+
+def _gradient_inside(record: Record, value, function, args, kwargs):
+    record.stop(f"asks for a gradient inside its forward ({_function_name(function)})")
 
 
 def _gradient_hook(record: Record, value, function, args, kwargs):
@@ -141,10 +155,16 @@ _SPECIAL: dict[object, Callable] = {
     Tensor.__reduce_ex__: _escapes, Tensor.__deepcopy__: _escapes, Tensor.__repr__: _escapes, Tensor.__format__: _escapes,
     Tensor.__contains__: _escapes, Tensor.share_memory_: _escapes,
     Tensor.contiguous: _contiguous, Tensor.data.__get__: _detached, Tensor.data.__set__: _assigned,
-    Tensor.requires_grad.__get__: _gradient_asked, Tensor.register_hook: _gradient_hook,
+    Tensor.apply_: _escapes, Tensor.map_: _escapes, Tensor.map2_: _escapes,
+    Tensor.requires_grad.__get__: _gradient_asked, Tensor.requires_grad.__set__: _gradient_inside,
+    Tensor.requires_grad_: _gradient_inside, Tensor.backward: _gradient_inside, Tensor.register_hook: _gradient_hook,
     Tensor.register_post_accumulate_grad_hook: _gradient_hook, Tensor.retain_grad: _gradient_hook,
     F.local_response_norm: _normalised,
 }  # fmt: skip
+
+
+# They copy numbers out of lists, where a dispatch mode does not see it.
+_COPYING = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def read_network(
     if call is not None and call >= len(calls):
         raise LayerNotFound(f"layer={label!r}: the model calls {name!r} {len(calls)} times, from @0")
     found, rebuild = calls[-1 if call is None else call], None
-    if layer is None and isinstance(found, str):
+    if layer is None and isinstance(found, str) and found != "constant":
         found, rebuild = _joined(record)
     if isinstance(found, Unread):
         raise found.error

@@ -87,13 +87,13 @@ class Record:
 
     def run(self) -> None:
         with ExitStack() as stack:
-            keeping = stack.enter_context(kept(self.model))
+            self.keeping = stack.enter_context(kept(self.model))
             stack.callback(setattr, recording, "record", getattr(recording, "record", None))
             recording.record = self
             stack.enter_context(calls_followed(self))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(self.gradient))  # as when the stages run
             if self.example is not None:
-                stack.enter_context(keeping.watching())
+                stack.enter_context(self.keeping.watching())
             try:
                 # Below autograd, so that no graph is made and an operation is seen as the model called it.
                 with torch._C._AutoDispatchBelowAutograd(), Functions(self), Operations(self):
@@ -170,8 +170,10 @@ class Record:
         with self.unseen():
             if isinstance(out, Tensor):
                 value = self.value_of(out)
-                if value is None and module is not self.model:
-                    return  # a constant of the model, computed as it goes
+                if value is None:
+                    if module is not self.model:
+                        return  # a constant of the model, computed as it goes
+                    value = "constant"
                 if isinstance(value, Picked):
                     value = self.named(aten.as_stage(value), "index")
         calls = self.calls.setdefault(module, [])
@@ -371,6 +373,11 @@ class Record:
     def constant(self, op: Operator, args: tuple, kwargs: dict, tensors: list[Tensor]) -> object:
         """An operation on what is not computed from the images: it is done."""
         changed: list[Tensor] = []
+        if op.updating and op.bound(args, kwargs)[op.updating]:
+            self.stop("updates statistics of its own")
+        for given in (*args, *kwargs.values()) if op.random else ():
+            if isinstance(given, torch.Generator):
+                self.keeping.keep_generator(given)
         if op.mutable:
             given = op.bound(args, kwargs)
             changed = tensors_in([given[name] for name in op.written])
@@ -416,6 +423,11 @@ class Record:
             return self.constant(op, args, kwargs, tensors)
         if self.failure is not None:
             raise Stopped(str(self.failure))
+        if op.shaped and self.value_of(args[0]) is None:
+            self.count.use()
+            return self.constant(op, (args[0], _blank(args[1])), kwargs, [args[0]])
+        if op.updating and self.example is not None and op.bound(args, kwargs)[op.updating]:
+            self.stop("updates statistics of its own")
         if not self.python:
             self.count.use()  # not Python's doing: what asked for the number of images is not seen
         if op.reading:
@@ -429,7 +441,7 @@ class Record:
             return self.constant(op, args, kwargs, [])
         if op.mutable:
             return self.in_place(op, args, kwargs)
-        if self.gradient and (op.name == "detach" or not (torch.is_grad_enabled() or self.inside)):
+        if self.gradient and not self.inside and (op.name == "detach" or not torch.is_grad_enabled()):
             why = "detaches it" if op.name == "detach" else f"calls {op.label} under no_grad()"
             return self.not_read(op, args, kwargs, f"{why}, so that no gradient passes")
         if op.name == "squeeze" and self.squeezes_images(op, args, kwargs):
@@ -453,7 +465,7 @@ class Record:
         values = self.values(args), self.values(kwargs) if kwargs else kwargs
         lost = _unread_in(values)
         results = None
-        if lost is None and op.rule is not None and not op.of_channels:
+        if lost is None and op.rule is not None and not op.of_channels and self.of_dtype(values[0]):
             stage = self.at_once(op, *values)
             if stage is not None:
                 results, shapes = [stage], [_Shape((self.images, *stage.shape), self.dtype)]
@@ -504,7 +516,17 @@ class Record:
             made = op.function(*with_tensors(args, _meta), **kwargs)
         except NotImplementedError as error:
             self.stop(f"calls {op.label}, which is not an operation that the engines read", error)
-        return [t for t in leaves(made) if isinstance(t, Tensor)]
+        shapes = [t for t in leaves(made) if isinstance(t, Tensor)]
+        if not shapes:
+            self.stop(f"calls {op.label}, which is not an operation that the engines read")
+        return shapes
+
+    def of_dtype(self, values: tuple) -> bool:
+        """Whether no constant may give the result another dtype than the model's."""
+        for value in values:
+            if (isinstance(value, Tensor) and value.dtype != self.dtype) or type(value) is complex:
+                return False
+        return True
 
     def at_once(self, op: Operator, args: tuple, kwargs: dict) -> Stage | None:
         """The stage of an operation whose shape follows from its rule alone."""
@@ -527,7 +549,7 @@ class Record:
             picked = self.picked(op, given, shapes)
             if picked is not None:
                 return picked
-        if op.rule is not None:
+        if op.rule is not None and shapes[0].dtype == self.dtype:
             try:
                 made = op.rule(*args, **kwargs)
                 values = []
@@ -648,15 +670,17 @@ class Record:
                 return args[0]
             self.stop(f"calls {op.label}, which is not an operation that the engines read")
         target = given[op.written[0]]
+        if not isinstance(target, Tensor):
+            self.stop(f"calls {op.label}, which is not an operation that the engines read")
         value = self.unread(f"calls {op.label}, which is not an operation that the engines read")
         plain = op.functional()
         if self.gradient and not (torch.is_grad_enabled() or self.inside):
             value = self.unread(f"calls {op.label} under no_grad(), so that no gradient passes")
-        elif plain is not None and len(op.written) == 1 and isinstance(target, Tensor):
+        elif plain is not None and len(op.written) == 1:
             left = {k: self.values(v) for k, v in given.items() if k not in op.written or k == "self"}
             value = self.overwriting(op, plain, target, left)
         if self.example is not None:
-            op.function(*args, **kwargs)
+            op.function(*with_tensors(args, self.current), **with_tensors(kwargs, self.current))
         self.known(target).blank = False
         for name in op.written:
             for t in tensors_in([given[name]]):
