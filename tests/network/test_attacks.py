@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import random
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -198,3 +200,45 @@ def test_generators_of_the_model_are_where_they_were():
     refused(model, "random numbers")
     assert torch.equal(own["torch"].get_state(), before[0])
     assert (own["numpy"].bit_generator.state, own["python"].getstate()) == before[1:]
+
+
+# ---- Threads -----------------------------------------------------------------------------------------------
+
+
+def _in_a_thread(m, x):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(F.relu(x)))
+    thread.start()
+    thread.join()
+    return made[0] + x
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_in_other_threads_is_seen():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        refused(Net(_in_a_thread), "in another thread|cannot be followed")
+        refused(Net(lambda m, x: pool.submit(m.head, x).result() + m.head(x)), "calls Conv2d in another thread")
+
+
+def test_a_lock_of_the_model_does_not_meet_one_of_the_reader():
+    lock = threading.RLock()
+
+    def locked(m, x):
+        with lock:
+            return F.relu(x)
+
+    model = Net(locked).eval()
+
+    def inside():
+        for _ in range(30):
+            with lock:
+                read_network(model, SHAPE)
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (inside, lambda: [same(model) for _ in range(30)])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert nn.Module._call_impl.__module__ == "torch.nn.modules.module" and threading.Thread.start.__module__ == "threading"

@@ -15,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zfcore.network import aten, whole
 from zfcore.network.counting import BatchSize, Sizes
-from zfcore.network.operators import operator
+from zfcore.network.guard import recording
+from zfcore.network.operators import operator, tensors_in
 from zfcore.network.values import Unread, leaves
 
 if TYPE_CHECKING:
     from zfcore.network.record import Record
-
-_patching = threading.RLock()  # the calls of modules are replaced for the whole process; one record at a time
 
 
 class Operations(TorchDispatchMode):
@@ -167,36 +166,104 @@ _SPECIAL: dict[object, Callable] = {
 _COPYING = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
 
 
+# ---- What is replaced, for the whole process, while records are made ----------------------------------------
+
+_lock = threading.Lock()  # held while something is replaced and put back, and never while a model runs
+_replaced: dict[tuple[object, str], list] = {}  # what was there, and how many records have it replaced
+_records: list[Record] = []  # on their way, in any thread
+
+
 @contextmanager
 def calls_followed(record: Record) -> Iterator[None]:
-    """The calls of modules and of custom autograd functions, in this thread, go by the record.
+    """The calls of modules and of custom autograd functions go by the record that their thread makes, if it does.
 
     What nn.Module's `__call__` calls is replaced, which is cheap, and serves as well where no compiled version of a
     module is called instead; where one is, `__call__` itself.
     """
-    thread = threading.get_ident()
     compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in record.paths)
-    name = "__call__" if compiled else "_call_impl"
-    original, apply = getattr(nn.Module, name), torch.autograd.Function.__dict__["apply"]
+    record.entry = "__call__" if compiled else "_call_impl"
+    places = (nn.Module, record.entry), (torch.autograd.Function, "apply"), (threading.Thread, "start")
+    with _lock:
+        _records.append(record)
+        for owner, name in places:
+            held = _replaced.get((owner, name))
+            if held is None:
+                held = _replaced[owner, name] = [owner.__dict__[name], 0]
+                setattr(owner, name, _REPLACEMENTS[name](held[0]))
+            held[1] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _records.remove(record)
+            for owner, name in places:
+                held = _replaced[owner, name]
+                held[1] -= 1
+                if not held[1]:
+                    setattr(owner, name, _replaced.pop((owner, name))[0])
 
-    def call(module, *args, **kwargs):
-        if threading.get_ident() != thread:
+
+def _entered(name: str) -> Callable:
+    def replacement(original):
+        def call(module, *args, **kwargs):
+            record = getattr(recording, "record", None)
+            if record is None:
+                _check_elsewhere(type(module).__name__, args)
+            elif record.entry == name:
+                # A compiled version would run what was compiled; the code that it was made of is followed instead.
+                forward = original if name == "_call_impl" else nn.Module._call_impl
+                return record.call_module(module, forward, args, kwargs)
             return original(module, *args, **kwargs)
-        # A compiled version would run what was compiled; the code that it was made of is followed instead.
-        return record.call_module(module, nn.Module._call_impl if compiled else original, args, kwargs)
 
-    def applied(own, *args, **kwargs):
-        if threading.get_ident() != thread:
-            return apply.__get__(None, own)(*args, **kwargs)
-        return record.custom(own, apply.__get__(None, own), args, kwargs)
+        return call
 
-    with _patching:
-        setattr(nn.Module, name, call)
-        torch.autograd.Function.apply = classmethod(applied)
-        try:
-            yield
-        finally:
-            setattr(nn.Module, name, original)
-            torch.autograd.Function.apply = apply
+    return replacement
 
 
+def _check_elsewhere(called: object, args: tuple) -> None:
+    """Of a call in a thread that makes no record: it must not be a worker of a forward that is recorded."""
+    for t in tensors_in(args):
+        for record in _records:
+            memory = record.memory(t)
+            if memory is not None and memory.read:
+                record.stop(f"calls {called} in another thread, where it cannot be followed")
+
+
+class _Elsewhere(TorchDispatchMode):
+    """In a thread that a recorded forward started."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        _check_elsewhere(function, args)
+        return function(*args, **(kwargs or {}))
+
+
+def _applied(original):
+    def apply(own, *args, **kwargs):
+        record, forward = getattr(recording, "record", None), original.__get__(None, own)
+        return forward(*args, **kwargs) if record is None else record.custom(own, forward, args, kwargs)
+
+    return classmethod(apply)
+
+
+def _started(original):
+    def start(thread):
+        if getattr(recording, "record", None) is not None:
+            run = thread.run
+
+            def watched():
+                with _Elsewhere():
+                    run()
+
+            thread.run = watched
+        original(thread)
+
+    return start
+
+
+_REPLACEMENTS = {
+    "_call_impl": _entered("_call_impl"), "__call__": _entered("__call__"), "apply": _applied, "start": _started
+}  # fmt: skip

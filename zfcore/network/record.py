@@ -81,7 +81,7 @@ class Record:
         self.python = 0  # torch functions of Python's on their way
         self.inside = 0  # custom autograd functions on their way
         self.quiet = 0  # what is done with tensors now is the record's own doing
-        self.drawn = False  # whether random numbers were
+        self.entry = ""  # the method of nn.Module that leads here
 
     # -- the forward
 
