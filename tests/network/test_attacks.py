@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import zfcore
 from zfcore.errors import UnsupportedOperation
 from zfcore.network import read_network
 
@@ -242,3 +243,98 @@ def test_a_lock_of_the_model_does_not_meet_one_of_the_reader():
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert nn.Module._call_impl.__module__ == "torch.nn.modules.module" and threading.Thread.start.__module__ == "threading"
+
+
+# ---- Tensors and functions of the model's own kinds --------------------------------------------------------
+
+
+class Doubled(torch.Tensor):
+    """Twice what it wraps, without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inside):
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inside)
+
+        def plain(leaf):
+            return leaf.inside * 2 if isinstance(leaf, cls) else leaf
+
+        return function(*torch.utils._pytree.tree_map(plain, args), **torch.utils._pytree.tree_map(plain, kwargs or {}))
+
+
+class Tripling(torch.Tensor):
+    """Convolutions with it are three times as large."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        made = super().__torch_function__(function, types, args, kwargs or {})
+        return made * 3 if function in (F.conv2d, torch.conv2d) else made
+
+
+@pytest.mark.parametrize("kind", [Doubled, lambda t: t.as_subclass(Tripling)], ids=["memory", "functions"])
+def test_weights_of_other_classes(kind):
+    model = Net(lambda m, x: F.relu(m.head(x)))
+    with torch.no_grad():
+        model.head.weight = nn.Parameter(kind(model.head.weight.detach()), requires_grad=False)
+    same(model)
+    images = torch.randn(2, *SHAPE)
+    zfcore.deconv_project(model.eval(), images, layer="head")  # kernels that looked for memory would end the process
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.relu_()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+class Set(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.data * x.shape[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 7
+
+
+@pytest.mark.parametrize("own, slope", [(Dirty, 3.0), (Set, 7.0)])
+def test_custom_functions_leave_what_they_are_given(own, slope):
+    model = Net(lambda m, x: own.apply(x * 1)).eval()
+    network = read_network(model, SHAPE, gradient=True)
+    images = torch.randn(2, *SHAPE, requires_grad=True)
+    values = {}
+
+    def compute(stage, inputs):
+        values[stage] = stage.run(*inputs)
+        before[stage] = values[stage].detach().clone()
+        return values[stage]
+
+    before = {}
+    got = network.forward(images, compute)
+    torch.testing.assert_close(got, model(images))
+    assert all(torch.equal(values[stage], before[stage]) for stage in values)
+    (ours,) = torch.autograd.grad(got.sum(), images)
+    (wanted,) = torch.autograd.grad((model.conv(images) * slope).sum(), images)
+    torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("function", [lambda m, x: x * 2 if x.grad_fn is not None else x, lambda m, x: x * x.is_leaf])
+def test_what_autograd_would_say_of_a_map(function):
+    same(Net(function))
+    refused(Net(function), "asks whether a gradient is followed", gradient=True)

@@ -125,6 +125,12 @@ def _gradient_inside(record: Record, value, function, args, kwargs):
     record.stop(f"asks for a gradient inside its forward ({_function_name(function)})")
 
 
+def _gradient_told(record: Record, value, function, args, kwargs):
+    if record.gradient:
+        record.stop(f"asks whether a gradient is followed ({_function_name(function)})")
+    return function(*args, **kwargs)
+
+
 def _gradient_hook(record: Record, value, function, args, kwargs):
     if record.gradient:
         record.stop("registers a hook on a map's gradient, which may change it")
@@ -156,6 +162,7 @@ _SPECIAL: dict[object, Callable] = {
     Tensor.contiguous: _contiguous, Tensor.data.__get__: _detached, Tensor.data.__set__: _assigned,
     Tensor.apply_: _escapes, Tensor.map_: _escapes, Tensor.map2_: _escapes,
     Tensor.requires_grad.__get__: _gradient_asked, Tensor.requires_grad.__set__: _gradient_inside,
+    Tensor.grad_fn.__get__: _gradient_told, Tensor.is_leaf.__get__: _gradient_told,
     Tensor.requires_grad_: _gradient_inside, Tensor.backward: _gradient_inside, Tensor.register_hook: _gradient_hook,
     Tensor.register_post_accumulate_grad_hook: _gradient_hook, Tensor.retain_grad: _gradient_hook,
     F.local_response_norm: _normalised,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -199,15 +200,19 @@ class Record:
             return out
         with self.unseen():
             lost = next((v for v in given if isinstance(v, Unread)), None)
-            run = Loose(own.apply, *values, (), torch.bool, 0)
+            tensors = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
+            read = [v for t, v in zip(leaves((args, kwargs)), given, strict=True) if isinstance(t, Tensor)]
+            dirty = any(isinstance(v, Value) and self.value_of(t) is not v for t, v in zip(tensors, read, strict=True))
+            function = partial(_applied_to_copies, own) if dirty else own.apply
+            run = Loose(function, *values, (), torch.bool, 0)
             for which, t in enumerate(t for t in leaves(out) if isinstance(t, Tensor)):
                 followed = self.value_of(t)  # its own operations say that it treats each image by itself
                 if followed is None:
                     continue
                 if lost is None and not isinstance(followed, Unread):
-                    self.note(own.__name__, args, kwargs)
+                    self.note(own.__name__, *values)
                     place = (tuple(t.shape), t.dtype, *whole.axis_of(followed))
-                    one = Loose(own.apply, *values, *place) if isinstance(out, Tensor) else Loose(_part, (run, which), {}, *place)
+                    one = Loose(function, *values, *place) if isinstance(out, Tensor) else Loose(_part, (run, which), {}, *place)
                     followed = self.settled(one, own.__name__)
                 self.assign(t, lost or followed)
         return out
@@ -362,6 +367,8 @@ class Record:
 
     def held_constant(self, t: Tensor) -> Tensor:
         """A constant that becomes part of what is recorded."""
+        if type(t).__torch_function__ is not Tensor.__torch_function__ and type(t) is not nn.Parameter:
+            t = _plain(t)
         memory = self.memory(t)
         if memory is None:
             return t
@@ -465,7 +472,7 @@ class Record:
         values = self.values(args), self.values(kwargs) if kwargs else kwargs
         lost = _unread_in(values)
         results = None
-        if lost is None and op.rule is not None and not op.of_channels and self.of_dtype(values[0]):
+        if lost is None and op.rule is not None and not op.of_channels and self.usual(values[0]):
             stage = self.at_once(op, *values)
             if stage is not None:
                 results, shapes = [stage], [_Shape((self.images, *stage.shape), self.dtype)]
@@ -521,10 +528,13 @@ class Record:
             self.stop(f"calls {op.label}, which is not an operation that the engines read")
         return shapes
 
-    def of_dtype(self, values: tuple) -> bool:
-        """Whether no constant may give the result another dtype than the model's."""
+    def usual(self, values: tuple) -> bool:
+        """Whether no constant may give the result another dtype than the model's, or has no memory of its own."""
         for value in values:
-            if (isinstance(value, Tensor) and value.dtype != self.dtype) or type(value) is complex:
+            if isinstance(value, Tensor):
+                if value.dtype != self.dtype or not _in_memory(value):
+                    return False
+            elif type(value) is complex:
                 return False
         return True
 
@@ -549,7 +559,7 @@ class Record:
             picked = self.picked(op, given, shapes)
             if picked is not None:
                 return picked
-        if op.rule is not None and shapes[0].dtype == self.dtype:
+        if op.rule is not None and shapes[0].dtype == self.dtype and all(map(_in_memory, (*args, *kwargs.values()))):
             try:
                 made = op.rule(*args, **kwargs)
                 values = []
@@ -819,6 +829,18 @@ _REMAKING = frozenset((
 ))  # fmt: skip
 
 
+def _plain(t: Tensor) -> Tensor:
+    """A tensor without what its class does to torch functions, which is done by the time that an operation is seen."""
+    return t.as_subclass(Tensor) if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ else t
+
+
+def _in_memory(value: object) -> bool:
+    """False for a tensor that computes in a way of its own, of whose values kernels could not find the memory."""
+    return not isinstance(value, Tensor) or (
+        type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and value.layout is torch.strided
+    )
+
+
 def _meta(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
@@ -868,6 +890,11 @@ def _each_of(rule: Callable, call: whole.Call) -> Stage | None:
 
 def _itself(x: Tensor) -> Tensor:
     return x
+
+
+def _applied_to_copies(own: type, *args: object, **kwargs: object) -> object:
+    """A custom autograd function that works in place, on values that others may read."""
+    return own.apply(*with_tensors(args, Tensor.clone), **with_tensors(kwargs, Tensor.clone))
 
 
 def _part(parts: object, which: int) -> Tensor:
