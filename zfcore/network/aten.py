@@ -209,7 +209,7 @@ def _each(name: str, native: Callable[..., tuple[str, float, float] | None] = la
     function = getattr(torch.ops.aten, name)
 
     def operation(self, *args, **kwargs) -> Stage:
-        if _read(args, kwargs) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        if _read(*args, *kwargs.values()) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             raise Unknown
         return pointwise(self, lambda x: function(x, *args, **kwargs), native(*args, *kwargs.values()))
 

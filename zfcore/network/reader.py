@@ -15,7 +15,8 @@ from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
 from zfcore.network.geometry import Field
 from zfcore.network.guard import Observer, kept, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
-from zfcore.network.record import IMAGES, OTHER_IMAGES, Record, alike
+from zfcore.network.counting import IMAGES, MOST
+from zfcore.network.record import Record, alike
 from zfcore.network.stages import Stage
 from zfcore.network.values import Loose, Unread
 
@@ -105,7 +106,7 @@ def read_network(
     if call is not None and call >= len(calls):
         raise LayerNotFound(f"layer={label!r}: the model calls {name!r} {len(calls)} times, from @0")
     found, rebuild = calls[-1 if call is None else call], None
-    if layer is None and isinstance(found, str):
+    if layer is None and isinstance(found, str) and found != "constant":
         found, rebuild = _joined(record)
     if isinstance(found, Unread):
         raise found.error
@@ -139,15 +140,23 @@ def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tens
     with torch.inference_mode(False), _own_precision(parameter.device):
         record = Record(*place, fixed or IMAGES)
         record.run()
-        if fixed is None and record.count_used and not isinstance(record.failure, ShapeError):
-            for images in OTHER_IMAGES if record.count_compared else OTHER_IMAGES[:1]:
-                other = Record(*place, images)
+        done: set[int] = set()
+        wanted = record.count.numbers() if fixed is None else set()
+        while wanted - done and not isinstance(record.failure, ShapeError):
+            images = min(wanted - done)
+            other = Record(*place, images)
+            if images <= MOST:
                 other.run()
-                if not alike(record.log, other.log, constants=images > 1):
-                    record.failure = UnsupportedOperation(
-                        f"{record.described(model)} computes what depends on the number of images"
-                    )
-                    record.calls = {}
+            same = (record.failure is None) == (other.failure is None)
+            if images > MOST or not (same and alike(record.log, other.log, single=images == 1)):
+                record.failure = UnsupportedOperation(
+                    f"{record.described(model)} computes what depends on the number of images"
+                )
+                record.calls = {}
+                break
+            record.others.append(other)
+            done.add(images)
+            wanted |= other.count.numbers() - {IMAGES}
     return record
 
 
@@ -193,6 +202,11 @@ def _joined(record: Record) -> tuple[object, Callable[[Tensor], object] | None]:
     lost = next((v for v in values if isinstance(v, Unread)), None)
     if lost is not None:
         return lost, None
+    others = [pytree.tree_leaves(other.output) for other in record.others]
+    for constants in ([part for part, v in zip(each, values, strict=False) if v is None] for each in others):
+        ours = [part for part, v in zip(parts, values, strict=True) if v is None]
+        if not alike([("", tuple(ours), {})], [("", tuple(constants), {})]):
+            return record.unread("returns what depends on the number of images besides"), None
     stages = [v for v in values if v is not None]
     kind = type(record.output).__name__
     if not stages or not all(isinstance(v, Stage) for v in stages) or len(parts) == 1 and parts[0] is record.output:
