@@ -192,12 +192,20 @@ def prelu(self, weight) -> Stage:
     return pointwise(x, lambda x: F.prelu(x, weight))
 
 
+def prelu_kernel(self, weight) -> Stage:
+    """What prelu calls, with slopes that are laid over the map."""
+    x, weight = stage_of(self), _parameter(weight)
+    if weight.dim() > len(x.shape) + 1 or (weight.dim() == len(x.shape) + 1 and len(weight) != 1):
+        raise Unknown
+    return pointwise(x, lambda x: torch.ops.aten._prelu_kernel(x, weight))
+
+
 def _each(name: str, native: Callable[..., tuple[str, float, float] | None] = lambda *a: None):
     """A function of each value that takes numbers besides."""
     function = getattr(torch.ops.aten, name)
 
     def operation(self, *args, **kwargs) -> Stage:
-        if _read(args, kwargs) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        if _read(*args, *kwargs.values()) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             raise Unknown
         return pointwise(self, lambda x: function(x, *args, **kwargs), native(*args, *kwargs.values()))
 
@@ -606,7 +614,7 @@ RULES: dict[str, Callable] = {
     "conv2d": conv2d, "convolution": convolution, "_convolution": convolution, "linear": linear,
     "relu": relu, "relu6": relu6, "hardtanh": hardtanh, "clamp": clamp, "clip": clamp, "clamp_min": clamp_min,
     "clamp_max": clamp_max, "threshold": threshold, "leaky_relu": leaky_relu, "rrelu": rrelu, "prelu": prelu,
-    "_prelu_kernel": prelu,
+    "_prelu_kernel": prelu_kernel,
     "max_pool2d": max_pool2d, "max_pool2d_with_indices": max_pool2d_with_indices,
     "zfcore::max_pool2d_with_switches": max_pool2d,
     "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d, "_adaptive_avg_pool2d": adaptive_avg_pool2d,
