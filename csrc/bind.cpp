@@ -283,6 +283,9 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     zf::paste_boxes_cpu(paste(op), threads);
   });
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
+    zf::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+  });
   m.def("hash_bytes", [](uintptr_t data, int64_t bytes, int threads) {
     py::gil_scoped_release release;
     return zf::hash_bytes(reinterpret_cast<const void*>(data), bytes, threads);

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "deconv_depthwise.h"
 #include "dispatch.h"
 #include "layout.h"
 #include "parallel.h"
@@ -700,6 +701,14 @@ struct Engine {
     }
   }
 
+  // The packed filters: what was given, or packed now.
+  const T* filters_of(int threads) const {
+    if (step.filters) return static_cast<const T*>(step.filters);
+    T* packed = static_cast<T*>(thread_scratch(1, packing.bytes()));
+    packing.template pack_all<S>(step.weight, nullptr, packed, threads);
+    return packed;
+  }
+
   void operator()(int threads) const {
     const int64_t count = step.signal.n();
     // Whole patches where there are enough of them; else bands, whose edges are worked twice.
@@ -707,12 +716,7 @@ struct Engine {
     const int64_t band = ceil_div(step.out.h(), bands);
     const int64_t together = bands > 1 ? 1 : smaller(patches_at_once(), ceil_div(count, 4 * threads));
     const bool direct = direct_layout && bands == 1;
-    const T* filters = static_cast<const T*>(step.filters);
-    if (!filters) {
-      T* packed = static_cast<T*>(thread_scratch(1, packing.bytes()));
-      packing.template pack_all<S>(step.weight, nullptr, packed, threads);
-      filters = packed;
-    }
+    const T* filters = filters_of(threads);
     parallel_for(ceil_div(count, together) * bands, 1, threads, [&](int64_t begin, int64_t end) {
       char* patch_memory = static_cast<char*>(thread_scratch(2, together * pack_bytes()));
       char* memory = static_cast<char*>(thread_scratch(3, memory_bytes(together, places_h, direct)));
@@ -738,6 +742,10 @@ void deconv_step(const DeconvStep& step, int threads) {
   for_float_type(step.signal.dtype, [&](auto* type) {
     typedef typename Pointee<decltype(type)>::type S;
     const Engine<S> engine(step);
+    if (Depthwise<S>::takes(step)) {
+      const Depthwise<S> depthwise(step, engine.packing, engine.filters_of(threads));
+      if (depthwise.finite) return depthwise(threads);
+    }
     engine(threads);
   });
 }

@@ -194,6 +194,126 @@ class Overlapping(nn.Module):
         return self.pool3(self.relu3(self.conv3(x)))
 
 
+class Inverted(nn.Module):
+    """A mobile block: narrow, wide, depthwise, gated, narrow; its input goes round it where the shapes agree."""
+
+    def __init__(self, c, k, wide, kernel, stride, act, gate):
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide), act())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide, bias=False), nn.BatchNorm2d(wide), act()
+        )
+        self.fc1, self.fc2, self.gate = nn.Conv2d(wide, 4, 1), nn.Conv2d(4, wide, 1), gate()
+        self.project = nn.Sequential(nn.Conv2d(wide, k, 1, bias=False), nn.BatchNorm2d(k))
+        self.skips = stride == 1 and c == k
+
+    def forward(self, x):
+        y = self.depthwise(self.expand(x))
+        y = self.project(self.gate(self.fc2(F.relu(self.fc1(y.mean((2, 3), keepdim=True))))) * y)
+        return x + y if self.skips else y
+
+
+class EfficientNet(nn.Module):
+    """Functions of each value, gates, depthwise filters of several sizes and strides; images 3 x 37 x 43."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(inplace=True))
+        self.smooth = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.GELU(), nn.Conv2d(8, 8, 1), nn.Hardswish())
+        self.a = Inverted(8, 8, 20, 3, 1, nn.SiLU, nn.Sigmoid)
+        self.b = Inverted(8, 12, 24, 5, 2, nn.Hardswish, nn.Hardsigmoid)
+        self.c = Inverted(12, 12, 24, 5, 1, nn.ReLU6, nn.Sigmoid)
+        self.head = nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.head(self.c(self.b(self.a(self.smooth(self.stem(x))))).mean((2, 3)))
+
+
+class ShuffleUnit(nn.Module):
+    """Half of the channels go round, the other half through; both are shuffled."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(c // 2, c // 2, 1), nn.ReLU(), nn.Conv2d(c // 2, c // 2, 3, 1, 1, groups=c // 2), nn.BatchNorm2d(c // 2)
+        )
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        x = torch.cat((a, self.branch(b)), 1)
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class ShuffleNet(nn.Module):
+    """Channels cut, picked, repeated and shuffled; images 3 x 41 x 35."""
+
+    def __init__(self):
+        super().__init__()
+        self.flip = Op(lambda x: x[:, [2, 1, 0]])
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.unit = ShuffleUnit(8)
+        self.parts = nn.ModuleList(nn.Conv2d(n, 5, 3, padding=1) for n in (2, 5, 3))
+        self.sum = Op(lambda a, b, c: a + b + c)
+        self.part = Op(lambda x: x[:, 1:])
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.unit(self.stem(self.flip(x)))
+        a, b, c = x.split([2, 3, 3], 1)
+        b = torch.cat((b, a), 1)
+        return self.conv(self.part(self.sum(*(m(x) for m, x in zip(self.parts, (a, b, c), strict=True)))))
+
+
+class DenseNet(nn.Module):
+    """Every layer reads all before it, from a normalisation on; pools of means between; images 3 x 45 x 37."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.layers = nn.ModuleList(self.layer(6 + 4 * i) for i in range(3))
+        self.transition = nn.Sequential(nn.BatchNorm2d(18), nn.ReLU(), nn.Conv2d(18, 8, 1), nn.AvgPool2d(2))
+        self.late = nn.ModuleList(self.layer(8 + 4 * i) for i in range(3))
+        self.norm = nn.BatchNorm2d(20)
+
+    @staticmethod
+    def layer(c):
+        return nn.Sequential(
+            nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, 1, 1)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat((x, layer(x)), 1)
+        x = self.transition(x)
+        for layer in self.late:
+            x = torch.cat((x, layer(x)), 1)
+        return self.norm(x)
+
+
+class Products(nn.Module):
+    """Maps times maps, times themselves, times one map for all channels; a sum of a cat; images 3 x 25 x 31."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(3, 6, 5, 1, 2)
+        self.both = Op(lambda a, b: a * torch.tanh(b))
+        self.conv = nn.Conv2d(6, 6, 3, 2, 1)
+        self.square = Op(lambda x: x * x)
+        self.mask = nn.Conv2d(6, 1, 3, 1, 1)
+        self.masked = Op(lambda x, m: x * m.sigmoid())
+        self.one, self.two, self.three = nn.Conv2d(6, 3, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 3, 3, 1, 1)
+        self.joined = Op(lambda a, b, c: torch.cat((a, b), 1) + c)
+        self.last = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        x = self.square(self.conv(self.both(self.left(x), self.right(x))))
+        x = self.masked(x, self.mask(x))
+        one, two = self.one(x), torch.relu(self.two(x))  # between what is joined, and added after
+        return self.last(self.joined(one, self.three(x), two))
+
+
 class Controlled(nn.Module):
     """Any network behind a question about its input, which no tracer can answer."""
 
@@ -275,6 +395,13 @@ NETWORKS = {
         ["stem", "depthwise", "act", "pointwise", "bn", "se", "leaky", "wide", "head"],
     ),
     "overlapping": (Overlapping, (2, 33, 29), ["pool1", "conv2", "pool2", "conv3", "relu3", "pool3"]),
+    "efficientnet": (
+        EfficientNet, (3, 37, 43),
+        ["stem", "smooth.1", "smooth", "a.depthwise", "a", "b.depthwise.0", "b.gate", "b", "c.project", "c", "head"],
+    ),
+    "shufflenet": (ShuffleNet, (3, 41, 35), ["stem", "unit.branch", "unit", "parts.1", "sum", "part", "conv"]),
+    "densenet": (DenseNet, (3, 45, 37), ["layers.2", "transition", "late.0.2", "late.2", "norm"]),
+    "products": (Products, (3, 25, 31), ["both", "square", "masked", "two", "joined", "last"]),
 }  # fmt: skip
 
 

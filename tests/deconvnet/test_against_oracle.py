@@ -83,7 +83,10 @@ def test_whole_maps_as_seeds(name, layer, seed):
 
 
 @pytest.mark.parametrize("rule", ["guided", "gradient"])
-@pytest.mark.parametrize(("name", "layer"), CASES[2::5])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [*CASES[2::5], ("efficientnet", "head"), ("shufflenet", "conv"), ("densenet", "norm"), ("products", "joined")],
+)
 def test_rules(name, layer, rule):
     model, images = make(name)
     found = projected(model, images, layer, UNITS, rule=rule, seed="one")
@@ -110,7 +113,7 @@ def test_overlapping_windows_that_keep_the_last(name, layer, rule, positions):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("vgg", "0.10"), ("alexnet", "pool4"), ("resnet", "layer2.1.relu"), ("googlenet", "b"), ("mobilenet", "wide"),
-     ("overlapping", "pool3")],
+     ("overlapping", "pool3"), ("efficientnet", "b"), ("shufflenet", "conv"), ("densenet", "norm"), ("products", "joined")],
 )  # fmt: skip
 def test_the_dense_path_is_the_engine(name, layer, rule, overlap):
     model, images = make(name)
@@ -126,7 +129,11 @@ def test_the_dense_path_is_the_engine(name, layer, rule, overlap):
 
 
 @pytest.mark.parametrize("positions", ["max", "all"])
-@pytest.mark.parametrize(("name", "layer"), [("vgg", "0.7"), ("alexnet", "conv4"), ("resnet", "layer2"), ("vgg", "5")])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("vgg", "0.7"), ("alexnet", "conv4"), ("resnet", "layer2"), ("vgg", "5"), ("efficientnet", "c"), ("shufflenet", "unit"),
+     ("products", "joined")],
+)  # fmt: skip
 def test_any_batch_size_gives_the_same(name, layer, positions):
     model, images = make(name)
     whole = projected(model, images, layer, range(4), positions=positions)
@@ -166,7 +173,11 @@ def dense_projected(model, images, layer, units=UNITS, **options):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.15), (torch.float16, 0.02)]
 )
-@pytest.mark.parametrize(("name", "layer"), [("vgg", "0.10"), ("resnet", "layer2.0.conv2"), ("googlenet", "reduce_conv")])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("vgg", "0.10"), ("resnet", "layer2.0.conv2"), ("googlenet", "reduce_conv"), ("efficientnet", "b"),
+     ("shufflenet", "conv"), ("densenet", "norm"), ("products", "masked")],
+)  # fmt: skip
 def test_other_dtypes(name, layer, dtype, tolerance):
     model, images = make(name, dtype)
     found = projected(model, images.float(), layer, UNITS, seed="one")

@@ -14,7 +14,7 @@ from deconvnet_oracle import project
 from torch import nn
 
 import zfcore
-from zfcore.engine import patches
+from zfcore.engine import gradients, patches
 
 JOB = """
 import torch, zfcore
@@ -138,3 +138,58 @@ def test_ten_thousand_projections_stay_under_a_gigabyte():
     count, any_signal, peak = done.stdout.split()
     assert (int(count), any_signal) == (40 * 256, "True")
     assert int(peak) < 1e9
+
+
+@pytest.mark.parametrize("rule", ["deconvnet", "guided"])
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("resnet", "layer2"), ("googlenet", "b"), ("efficientnet", "head"), ("shufflenet", "conv"), ("densenet", "norm"),
+     ("products", "last")],
+)  # fmt: skip
+def test_seeds_that_go_down_one_by_one(name, layer, crop, rule, monkeypatch):
+    """Large signals are taken down some seeds at a time; the seeds of two images, some of which share a turn."""
+    model, images = make(name)
+
+    def projections():
+        return zfcore.deconv_project(model, images, layer, [3, 0, 2], crop=crop, rule=rule).pixels
+
+    together = projections()
+    for size in (1, 40_000):
+        monkeypatch.setattr(patches, "TOGETHER_BYTES", size)
+        apart = projections()
+        assert (apart - together).abs().max() <= 1e-6 * together.abs().max()
+
+
+@pytest.mark.parametrize("small", [0, 2**30])
+@pytest.mark.parametrize("units", [[3, 0], [1]])
+def test_the_plain_gradient_seed_by_seed_and_at_once(small, units, monkeypatch):
+    """Operations without a rule of their own: of one map, of two, views, and one that no gradient passes."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.conv(x))
+            x = nn.functional.softmax(x, 1) + nn.functional.adaptive_max_pool2d(x, 5).mean((2, 3), keepdim=True)
+            x = torch.sub(x.permute(0, 1, 3, 2), x.amax((2, 3), keepdim=True))
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, images = Net().eval(), torch.randn(3, 3, 16, 18)
+    monkeypatch.setattr(gradients, "SMALL", small)
+    for options in ({}, {"rule": "gradient"}, {"crop": True}, {"positions": "all"}, {"batch_size": 2}):
+        found = zfcore.deconv_project(model, images, "last", units, strict=True, **options)
+        at = options.get("positions", found.positions)
+        wanted = project(model, images, "last", units, at, rule=options.get("rule", "deconvnet"))[0]
+        assert (found.pixels - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_function_of_each_value_without_a_gradient():
+    z = torch.randn(2, 3, 4, 4)
+    value, slope = gradients.derivative(torch.sign, z)
+    assert torch.equal(value, z.sign()) and not slope.any()
+    value, slope = gradients.derivative(torch.ones_like, z)
+    assert torch.equal(value, torch.ones_like(z)) and not slope.any()

@@ -109,6 +109,46 @@ def draw(seed: int) -> Sample:
     )  # fmt: skip
 
 
+def depthwise(seed: int) -> Sample:
+    """As `draw`, one filter a channel and no pool."""
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    channels = choose.choice([2, 5, 8, 16, 33, 70, 160])
+    filters = choose.choice([1, 3, 5, 7]), choose.choice([1, 2, 3, 5])
+    spread = choose.choice([1, 1, 2]), choose.choice([1, 1, 2, 3])
+    conv = (
+        filters,
+        (choose.choice([1, 2, 3]), choose.choice([1, 2, 3])),
+        tuple(choose.randint(0, d * (k - 1)) for k, d in zip(filters, spread, strict=True)),
+        spread,
+    )
+    below = choose.randint(18, 34), choose.randint(18, 34)
+    size = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(below, *conv, strict=True))
+    batch, whole = choose.choice([1, 2, 7]), choose.random() < 0.6
+    patch, origin = size, torch.zeros(batch, 2, dtype=torch.int64)
+    if choose.random() < 0.5:
+        patch = choose.randint(1, size[0]), choose.randint(1, size[1])
+        origin = torch.stack([torch.randint(-3, n, (batch,)) for n in size], 1)
+    dtype = choose.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16])
+    signal = torch.randn(batch, channels, *patch).to(dtype)
+    if choose.random() < 0.7:
+        signal = signal.contiguous(memory_format=torch.channels_last)
+    frame = None
+    if whole and choose.random() < 0.3:
+        frame = torch.randint(-9, 9, (batch, 2)), (choose.randint(1, 40), choose.randint(1, 40))
+    return Sample(
+        signal,
+        torch.randn(channels, 1, *filters).to(dtype),
+        StepParams(None, conv, channels, size, below, whole, choose.random() < 0.6, "sum"),
+        torch.randint(0, IMAGES, (batch,)),
+        origin,
+        None,
+        torch.rand(IMAGES, channels, *size) < 0.5 if choose.random() < 0.4 else None,
+        torch.randn(channels).to(dtype) if choose.random() < 0.3 else None,
+        frame,
+    )
+
+
 def too_large_for_half() -> Sample:
     """Two windows name one place, whose sum no float16 holds; half of it is one."""
     signal, weight = torch.zeros(1, 16, 1, 2).half(), torch.zeros(16, 16, 1, 1).half()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steps import TOLERANCE, Sample, close, draw, too_large_for_half
+from steps import TOLERANCE, Sample, close, depthwise, draw, too_large_for_half
 
 from zfcore import ops, reference
 from zfcore.errors import DeviceError, DtypeError, ShapeError
@@ -21,6 +21,14 @@ def test_equals_the_definition(seeds):
         close(ours, sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
 
 
+@pytest.mark.parametrize("seeds", [range(i, i + 50) for i in range(0, 200, 50)], ids=lambda r: str(r.start))
+def test_depthwise_filters_equal_the_definition(seeds):
+    for seed in seeds:
+        sample = depthwise(seed)
+        ours = sample.run()
+        close(ours, sample.run(reference.deconv_step, torch.float64), sample.signal.dtype, what=seed)
+
+
 def test_sums_of_half_values_are_rounded_once():
     sample = too_large_for_half()
     expected = sample.run(reference.deconv_step, torch.float64)
@@ -28,8 +36,9 @@ def test_sums_of_half_values_are_rounded_once():
     close(sample.run(), expected, torch.float16)
 
 
+@pytest.mark.parametrize("draw", [draw, depthwise])
 @pytest.mark.parametrize("seed", range(400, 440))
-def test_the_bits_do_not_depend_on_threads_batch_or_layout(seed, monkeypatch):
+def test_the_bits_do_not_depend_on_threads_batch_or_layout(seed, draw):
     sample = draw(seed)
     ours = sample.run()
     out = torch.full(ours.shape, 7.0, dtype=ours.dtype)
@@ -47,17 +56,19 @@ def test_the_bits_do_not_depend_on_threads_batch_or_layout(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("draw", [draw, depthwise])
 @pytest.mark.parametrize("seed", range(440, 452))
-def test_zeros_times_what_is_not_finite_are_left_out(seed, value):
+def test_zeros_times_what_is_not_finite_are_left_out(seed, draw, value):
     sample = draw(seed)
     sample.scale = None
     sample.weight.view(-1)[:: sample.weight.numel() // 3 + 1] = value
     close(sample.run(), sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)
 
 
-def test_nan_and_infinity_come_down():
+@pytest.mark.parametrize("draw", [draw, depthwise])
+def test_nan_and_infinity_come_down(draw):
     sample = draw(2)
-    sample.scale = sample.passes = None
+    sample.scale, sample.passes, sample.signal = None, None, sample.signal.contiguous()
     sample.signal.view(-1)[::7] = torch.nan
     sample.signal.view(-1)[3::7] = torch.inf
     close(sample.run(), sample.run(reference.deconv_step, torch.float64), sample.signal.dtype)

@@ -10,14 +10,16 @@ Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcore.engine.job import Job, scratch_bytes, times
+from zfcore.engine.buffers import Buffers
+from zfcore.engine.gradients import Gradient, derivative, is_linear, linear_down, reduced
+from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.network import Field, Network, Stage, scale_of
 from zfcore.ops import max_pool2d_with_switches, pool_gather2d, unpool2d
@@ -25,58 +27,32 @@ from zfcore.ops.deconv_step import deconv_step
 from zfcore.reference._params import StepParams
 from zfcore.reference.deconv_step import cut, inside
 
+TOGETHER_BYTES = 8 * 2**20  # the signals of a stage, of as many seeds as go on from it together
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
 class _Seeds:
-    """A batch of seeds: image (within the image batch), unit, position and value of each."""
+    """A batch of seeds: image (within the image batch), unit, position and value of each.
 
-    def __init__(self, image: Tensor, unit: Tensor, position: Tensor, value: Tensor):
+    runs: the images in turn, each with the seeds that it has, which are neighbours.
+    """
+
+    def __init__(self, image: Tensor, unit: Tensor, position: Tensor, value: Tensor, runs: list[tuple[int, slice]]):
         self.image, self.unit, self.position, self.value = image, unit, position, value
+        self.runs = runs
 
     def __len__(self) -> int:
         return len(self.value)
+
+    def part(self, rows: slice) -> _Seeds:
+        own = ((i, max(run.start, rows.start), min(run.stop, rows.stop)) for i, run in self.runs)
+        runs = [(i, slice(begin - rows.start, end - rows.start)) for i, begin, end in own if begin < end]
+        return _Seeds(self.image[rows], self.unit[rows], self.position[rows], self.value[rows], runs)
 
     def origin(self, field: Field) -> Tensor:
         """Where each seed's patch begins, [B, 2], in the map that `field` is about."""
         device = self.position.device
         return self.position * numbers(field.jump, device) + numbers(field.offset, device)
-
-
-class _Buffers:
-    """Memory for the steps' results, used again from step to step and from batch to batch.
-
-    Fresh memory is slow: the system clears each page of it when it is first written.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
-        self.spare: list[Tensor] = []
-        self.used: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of a result: it, and its memory
-
-    def take(self, b: int, c: int, h: int, w: int) -> Tensor:
-        """[B, C, h, w], channels last, its contents undefined."""
-        count = b * c * h * w
-        fitting = [i for i, memory in enumerate(self.spare) if count <= len(memory) <= 2 * count]
-        if fitting:
-            memory = self.spare.pop(min(fitting, key=lambda i: len(self.spare[i])))
-        else:
-            memory = torch.empty(count, dtype=self.dtype, device=self.device)
-        result = memory[:count].view(b, h, w, c).permute(0, 3, 1, 2)
-        self.used[id(result)] = result, memory
-        return result
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        """Whether it is one of the results, itself and not a part of it."""
-        return id(tensor) in self.used
-
-    def give_back(self, result: Tensor) -> None:
-        """Nothing reads this result any more."""
-        self.spare.append(self.used.pop(id(result))[1])
-
-    def give_all_back(self) -> None:
-        self.spare += [memory for _, memory in self.used.values()]
-        self.used.clear()
 
 
 @dataclass(frozen=True)
@@ -110,7 +86,8 @@ class Engine:
         self.consumers = network.consumers()
         self.layer_shape = network.layer.shape
         self.layer_dtype = job.dtype
-        self.buffers = _Buffers(job.dtype, job.device)
+        self.buffers = Buffers(job.dtype, job.device)
+        self.held: list[Tensor] = []  # signals of whole batches, some seeds of which are on their way down
         self.seen: dict[Stage, Field | None] = {}  # what a seed sees of each map; None: everything
         self.patch: dict[Stage, Field | None] = {}  # the patch that carries it; None: a whole map
         self.plan_fields()
@@ -126,7 +103,7 @@ class Engine:
             Field() if layer.kind != "map" and len(layer.shape) == 3 and local else None
         )
         for stage in reversed(self.network.stages[:-1]):
-            fields = [self.below(self.seen[reader], reader) for reader in self.consumers[stage]]
+            fields = [self.below(self.seen[reader], reader, stage) for reader in self.consumers[stage]]
             union = fields[0]
             for other in fields[1:]:
                 union = union and other and union.union(other)
@@ -145,7 +122,8 @@ class Engine:
             if stage is not top and len(self.consumers[stage]) > 1:
                 return None  # what comes down here comes from elsewhere, too
             if stage.kind == "conv":
-                return _Chain(stage, pool, relu, tuple(scales))
+                # Depthwise filters have a kernel of their own, which reads no switches.
+                return None if pool and _is_depthwise(stage) else _Chain(stage, pool, relu, tuple(scales))
             if stage.kind == "max_pool" and stage is top:
                 pool = stage
             elif stage.kind == "relu" and not relu and not scales and not stage.options["rectifier"].slope:
@@ -157,8 +135,8 @@ class Engine:
             stage = stage.inputs[0]
 
     @staticmethod
-    def below(field: Field | None, reader: Stage) -> Field | None:
-        if field is None or reader.kind == "map":
+    def below(field: Field | None, reader: Stage, source: Stage) -> Field | None:
+        if field is None or reader.kind == "map" or _is_spread(source, reader):
             return None
         return field.through(reader.window) if reader.window is not None else field
 
@@ -183,13 +161,16 @@ class Engine:
                 )
                 kept[stage] = self.keep_switches(stage, switches)
                 return value
-            if stage.kind == "map":
-                kept[stage] = inputs
+            if stage.kind == "pointwise":
+                value, slope = derivative(stage.options["function"], inputs[0])
+                kept[stage] = _channels_last(slope)
+                return value
+            if stage.kind == "product":
+                kept[stage] = list(map(_channels_last, inputs))
+            elif stage.kind == "map" and not is_linear(stage):
+                kept[stage] = Gradient(stage.run, inputs)
             elif stage.kind == "relu" and self.job.rule != "deconvnet":
-                slope = stage.options["rectifier"].derivative(inputs[0])
-                kept[stage] = (
-                    slope.contiguous(memory_format=torch.channels_last) if slope.dim() == 4 else slope
-                )
+                kept[stage] = _channels_last(stage.options["rectifier"].derivative(inputs[0]))
             elif stage.kind == "avg_pool" and callable(stage.options["share"]):
                 kept[stage] = stage.options["share"](inputs[0])
             return stage.run(*inputs)
@@ -234,12 +215,23 @@ class Engine:
                 continue
             chain = self.chains[stage]
             held.update(stage.inputs if chain is None else (chain.conv.inputs[0],))
-            field = self.patch[stage]
-            sizes.append(
-                stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
-            )
+            sizes.append(self.values(stage))
         sizes.append(torch.Size(self.picture_shape).numel())
         return max(1, min(4096, scratch_bytes(self.job.device) // (3 * max(sizes) * item)))
+
+    def seeds_together(self, stage: Stage) -> int:
+        """How many seeds are taken down from here together. Filters serve many small maps; large ones leave the cache."""
+        if self.job.device.type != "cpu":
+            return len(self.job.images) * len(self.job.units)
+        item = torch.finfo(self.job.dtype).bits // 8
+        chain = self.chains[stage]
+        largest = max(self.values(s) for s in (stage, *(stage if chain is None else chain.conv).inputs))
+        return max(1, TOGETHER_BYTES // (largest * item))
+
+    def values(self, stage: Stage) -> int:
+        """How many numbers a seed's signal at the stage is."""
+        field = self.patch[stage]
+        return stage.shape[0] * field.size[0] * field.size[1] if field else torch.Size(stage.shape).numel()
 
     def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         job = self.job
@@ -260,7 +252,11 @@ class Engine:
         step = self.seeds_at_once()
         for first in range(0, n * u, step):
             part = slice(first, min(first + step, n * u))
-            batch = _Seeds(image[part], unit[part], position[part], value[part])
+            runs = [
+                (i, slice(max(0, i * u - first), min((i + 1) * u, part.stop) - first))
+                for i in range(first // u, (part.stop - 1) // u + 1)
+            ]
+            batch = _Seeds(image[part], unit[part], position[part], value[part], runs)
             maps = None
             if job.positions == "all":
                 maps = job.seed_maps(activations[batch.image, batch.unit])
@@ -288,15 +284,37 @@ class Engine:
 
     def down(self, seeds: _Seeds, kept: dict, maps: Tensor | None, pixels: Tensor) -> None:
         """Fills pixels [B, C, H, W], or [B, C, h, w] with crop=True, of the seeds."""
-        picture = self.network.stages[0]
         signals = {self.network.layer: self.start(seeds, maps)}
-        for stage in reversed(self.network.stages):
-            if stage is picture:
-                break
-            signal = signals.pop(stage, None)
-            if signal is not None:
-                self.undo(stage, signal, seeds, kept, signals, pixels)
-        signal, field, seen = signals[picture], self.patch[picture], self.seen[picture]
+        self.carry(len(self.network.stages) - 1, signals, seeds, kept, pixels)
+        self.buffers.give_all_back()
+
+    def carry(self, top: int, signals: dict, seeds: _Seeds, kept: dict, pixels: Tensor) -> None:
+        """The signals that wait at the stages up to `top` taken down into the pixels."""
+        for index in range(top, 0, -1):
+            stage = self.network.stages[index]
+            if stage not in signals:
+                continue
+            together = self.seeds_together(stage)
+            if together < len(seeds):
+                self.held += signals.values()
+                for first in range(0, len(seeds), together):
+                    rows = slice(first, min(first + together, len(seeds)))
+                    own = {stage: signal[rows] for stage, signal in signals.items()}
+                    self.carry(index, own, seeds.part(rows), kept, pixels[rows])
+                del self.held[len(self.held) - len(signals) :]
+                while signals:
+                    self.drop(signals.popitem()[1], signals)
+                return
+            signal = signals.pop(stage)
+            self.undo(stage, signal, seeds, kept, signals, pixels)
+            self.drop(signal, signals)
+        self.finish(signals, seeds, pixels)
+
+    def finish(self, signals: dict, seeds: _Seeds, pixels: Tensor) -> None:
+        """What has come down to the picture, as whole pictures or as boxes."""
+        picture = self.network.stages[0]
+        waiting = signals.pop(picture)
+        signal, field, seen = waiting, self.patch[picture], self.seen[picture]
         if signal is not pixels:
             if field is not None and not self.job.crop:
                 signal = self.whole(picture, signal, field, seeds)
@@ -304,7 +322,7 @@ class Engine:
                 each = torch.arange(len(seeds), device=signal.device)
                 signal = cut(signal, each, seeds.origin(seen), seen.size)
             pixels.copy_(signal)
-        self.buffers.give_all_back()
+        self.drop(waiting, signals)
 
     def start(self, seeds: _Seeds, maps: Tensor | None) -> Tensor:
         """The signal at the layer: each seed in an otherwise empty map, or a patch of one position."""
@@ -314,7 +332,8 @@ class Engine:
             signal = value.new_zeros((len(seeds), stage.shape[0], 1, 1))
             signal[rows, seeds.unit, 0, 0] = value
             return signal
-        signal = value.new_zeros((len(seeds), *stage.shape))  # features, whole maps, or what needs them below
+        # Features, whole maps, or what needs them below.
+        signal = self.buffers.take((len(seeds), *stage.shape)).zero_()
         if maps is not None:
             signal[rows, seeds.unit] = maps if signal.dim() == 4 else maps[:, 0, 0]
         elif signal.dim() == 4:
@@ -343,23 +362,18 @@ class Engine:
     @staticmethod
     def own(maps: Tensor, field: Field | None, seeds: _Seeds) -> Tensor:
         """Each seed's part of the maps of its image: its patch, or with no field the whole map."""
-        if field is None:
-            return maps[seeds.image]
-        return cut(maps, seeds.image, seeds.origin(field), field.size)
+        if field is not None:
+            return cut(maps, seeds.image, seeds.origin(field), field.size)
+        if len(seeds.runs) == 1:  # of one image: nothing is copied
+            return maps[seeds.runs[0][0]].expand(len(seeds), *maps.shape[1:])
+        return maps[seeds.image]
 
     def send(
-        self,
-        target: Stage,
-        signal: Tensor,
-        field: Field | None,
-        seeds: _Seeds,
-        signals: dict,
-        fresh: bool = False,
+        self, target: Stage, signal: Tensor, field: Field | None, seeds: _Seeds, signals: dict, fresh: bool = False
     ) -> None:
         """Adds what came down on one way to the target's signal.
 
-        field: the patch that `signal` is, or None. fresh: it is a step's own result, which nothing else holds and
-        which is zero outside its map already.
+        field: the patch that `signal` is, or None. fresh: it is zero outside its map already.
         """
         own = self.patch[target]
         if field is not None and own is None:
@@ -370,9 +384,35 @@ class Engine:
                 after = [n - b - m for n, b, m in zip(own.size, before, field.size)]
                 signal = F.pad(signal, (before[1], after[1], before[0], after[0]))
             signal = signal if fresh else self.clip(target, signal, seeds)
-        if target in signals:
-            signal = signal.add_(signals[target]) if fresh else signal + signals[target]
+        waiting = signals.pop(target, None)
+        if waiting is not None:
+            if self.owns(signal, (*signals.values(), waiting)):
+                signal, waiting = waiting, signal
+            total = torch.add(waiting, signal, out=self.memory(waiting, signals))
+            signals[target] = total
+            self.drop(waiting, signals)
+            signal = total
         signals[target] = signal
+
+    def owns(self, signal: Tensor, signals: dict | tuple) -> bool:
+        """Whether the signal lies in the engine's own memory, and nothing that still waits lies there too."""
+        others = signals.values() if isinstance(signals, dict) else signals
+        return self.buffers.only(signal, (*others, *self.held))
+
+    def drop(self, signal: Tensor, signals: dict) -> None:
+        """Nobody reads this signal any more."""
+        if self.owns(signal, signals):
+            self.buffers.give_back(signal)
+
+    def memory(self, signal: Tensor, signals: dict) -> Tensor:
+        """Where what comes of a signal value by value is written: its own memory, if nothing else lies there."""
+        return signal if self.owns(signal, signals) else self.buffers.take(tuple(signal.shape))
+
+    def scaled(self, signal: Tensor, factor: Tensor | float, signals: dict) -> Tensor:
+        """signal * factor, which broadcasts to it; a mask stops an infinity too."""
+        if isinstance(factor, Tensor) and factor.dtype == torch.bool:
+            return torch.where(factor, signal, signal.new_zeros(()), out=self.memory(signal, signals))
+        return torch.mul(signal, factor, out=self.memory(signal, signals))
 
     def undo(
         self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict, pixels: Tensor
@@ -384,47 +424,116 @@ class Engine:
             self.step(stage, chain, signal, seeds, kept, signals, pixels)
             return
         if stage.kind == "map":
-            inputs = [x[seeds.image] for x in kept[stage]]
-            for source, g in zip(stage.inputs, _vjp(stage.run, inputs, signal)):
-                self.send(source, g, None, seeds, signals)
+            self.undo_map(stage, signal, seeds, kept, signals)
             return
-        if stage.kind == "cat":
+        if stage.kind == "product":
+            self.undo_product(stage, signal, seeds, kept, signals)
+            return
+        if stage.kind in ("cat", "add"):
+            signals[stage] = signal  # until all of them have it
             first = 0
             for source in stage.inputs:
-                part = signal[:, first : first + source.shape[0]]
-                first += source.shape[0]
-                self.send(source, part, field, seeds, signals)
-            return
-        if stage.kind == "add":
-            for source in stage.inputs:
-                self.send(source, signal, field, seeds, signals)
+                last = first + source.shape[0]
+                self.send(source, signal[:, first:last] if stage.kind == "cat" else signal, field, seeds, signals)
+                first = last
+            del signals[stage]
             return
         source = stage.inputs[0]
-        down = field and self.below(field, stage)
+        down = field and self.below(field, stage, source)
         if stage.kind == "max_pool":
             signal = self.unpool(stage, signal, seeds, kept)
         elif stage.kind == "relu":
-            if job.rule != "gradient" and stage.options["rectifier"].slope == 0 and self.owns(signal, signals):
-                signal = signal.relu_()
-            elif job.rule != "gradient":
-                signal = stage.options["rectifier"].rectify(signal)
+            if job.rule != "gradient":
+                slope, signal = stage.options["rectifier"].slope, self.copied(signal, signals)
+                signal = F.leaky_relu_(signal, slope) if slope else signal.relu_()
             if job.rule != "deconvnet":
-                signal = times(signal, self.own(kept[stage], field, seeds))
+                signal = self.scaled(signal, self.own(kept[stage], field, seeds), signals)
+        elif stage.kind == "pointwise":
+            signal = self.scaled(signal, self.own(kept[stage], field, seeds), signals)
+        elif stage.kind == "channels":
+            self.undo_channels(stage, signal, seeds, signals)
+            return
         elif stage.kind == "avg_pool":
             share = kept.get(stage, stage.options["share"])
             if field and isinstance(share, Tensor):
                 share = cut(share, torch.zeros_like(seeds.image), seeds.origin(field), field.size)
-            signal = _avg_transpose(stage, signal * share, down and down.size)
+            signal = self.undo_mean(stage, self.scaled(signal, share, signals), down and down.size)
         elif stage.kind == "pad":
             signal = signal if field else _fit(signal, stage.window.padding, source.shape[1:])
         elif stage.kind in ("batch_norm", "scale"):
             scale = scale_of(stage)
-            signal = signal * (scale.to(signal.dtype) if isinstance(scale, Tensor) else scale)
+            signal = self.scaled(signal, scale.to(signal.dtype) if isinstance(scale, Tensor) else scale, signals)
         self.send(source, signal, down, seeds, signals)
 
-    def owns(self, signal: Tensor, signals: dict) -> bool:
-        """Whether the signal is a step's result that nothing else still waits for."""
-        return signal in self.buffers and not any(other is signal for other in signals.values())
+    def undo_mean(self, pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
+        """Each value to every place of its window."""
+        w, (windows_h, windows_w), size = pool.window, signal.shape[2:], patch or pool.inputs[0].shape[1:]
+        reached = windows_h * w.kernel[0], windows_w * w.kernel[1]
+        apart = w.kernel == w.stride and w.padding == (0, 0)
+        if apart and reached[0] <= size[0] and reached[1] <= size[1]:
+            below = self.buffers.take((*signal.shape[:2], *size))
+            if reached != tuple(size):
+                below.zero_()
+            windows = below[:, :, : reached[0], : reached[1]].unflatten(3, (windows_w, w.kernel[1]))
+            windows.unflatten(2, (windows_h, w.kernel[0])).copy_(signal[:, :, :, None, :, None])
+            return below
+        ones = signal.new_ones((pool.shape[0], 1, *w.kernel))
+        full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, pool.shape[0])
+        return full if patch else _fit(full, w.padding, size)
+
+    def undo_map(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
+        if is_linear(stage):
+            self.send(stage.inputs[0], linear_down(stage, signal), None, seeds, signals)
+            return
+        signals[stage] = signal  # until all of them have their own
+        grads = kept[stage].down(signal, seeds.image, seeds.runs, self.buffers.take)
+        for source, g in zip(stage.inputs, grads, strict=True):
+            self.send(source, g, None, seeds, signals)
+        del signals[stage]
+
+    def undo_product(self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict) -> None:
+        """signal * b to a, and signal * a to b. What was broadcast gets the sum over where it was."""
+        field = self.patch[stage]
+        for i, source in enumerate(stage.inputs):
+            other = kept[stage][1 - i]
+            spread = other.shape[2:] != stage.shape[1:]  # a gate: its number is that of every patch
+            factor = self.own(other, None if spread else field, seeds)
+            if i == 0:
+                signals[stage] = signal  # which the other one reads, too
+            whole = self.scaled(signal, factor, signals)
+            own = reduced(whole, source.shape)
+            signals.pop(stage, None)
+            self.send(source, own, field and self.below(field, stage, source), seeds, signals)
+            self.drop(whole, signals)
+
+    def undo_channels(self, stage: Stage, signal: Tensor, seeds: _Seeds, signals: dict) -> None:
+        """Adds the signal to those channels of the input that the stage picked, zeros to the others."""
+        source, field, index = stage.inputs[0], self.patch[stage], stage.options["index"]
+        own = self.patch[source]
+        waiting = signals.get(source)
+        shape = (len(seeds), source.shape[0], *signal.shape[2:])
+        if waiting is None or field != own:
+            full = self.buffers.take(shape).zero_()
+        elif self.owns(waiting, [other for stage, other in signals.items() if stage is not source] + [signal]):
+            full = waiting
+        else:
+            full = self.buffers.take(shape).copy_(waiting)
+            signals[source] = full
+            self.drop(waiting, signals)
+        count, first = len(index), int(index[0])
+        if torch.equal(index, torch.arange(first, first + count)):
+            full[:, first : first + count].add_(signal)
+        else:
+            full.index_add_(1, numbers(tuple(index.tolist()), signal.device), signal)
+        if field == own:
+            signals[source] = full
+        else:
+            self.send(source, full, field, seeds, signals)
+
+    def copied(self, signal: Tensor, signals: dict) -> Tensor:
+        """The signal in memory that may be written to."""
+        own = self.memory(signal, signals)
+        return own if own is signal else own.copy_(signal)
 
     def switches(self, pool: Stage, signal: Tensor, seeds: _Seeds, kept: dict) -> tuple[Tensor, Tensor]:
         """The signal and the switches of each seed.
@@ -463,7 +572,7 @@ class Engine:
         own = self.patch[source]
         down = None
         if own is not None and not (picture and not self.job.crop):
-            down = (self.below(field, chain.pool) if chain.pool else field).through(conv.window)
+            down = (field.through(chain.pool.window) if chain.pool else field).through(conv.window)
         params = StepParams(
             pool=chain.pool and chain.pool.window,
             conv=conv.window,
@@ -481,7 +590,7 @@ class Engine:
                 frame = (seeds.origin(seen), seen.size)
         else:
             size = params.reach(tuple(signal.shape[2:]))[1]
-            out = self.buffers.take(len(seeds), source.shape[0], *size)
+            out = self.buffers.take((len(seeds), source.shape[0], *size))
         deconv_step(
             signal,
             conv.options["weight"](),
@@ -494,8 +603,6 @@ class Engine:
             frame,
             out,
         )
-        if self.owns(signal, signals):
-            self.buffers.give_back(signal)
         if picture:
             signals[source] = pixels
         else:
@@ -513,24 +620,23 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
+def _channels_last(maps: Tensor) -> Tensor:
+    """As signals lie in memory."""
+    return maps.contiguous(memory_format=torch.channels_last) if maps.dim() == 4 else maps
+
+
+def _is_spread(source: Stage, reader: Stage) -> bool:
+    """Whether each value of `source` is multiplied with more than one place of a map: a gate."""
+    return reader.kind == "product" and source.shape[1:] != reader.shape[1:]
+
+
+def _is_depthwise(conv: Stage) -> bool:
+    return conv.options["groups"] == conv.shape[0] == conv.inputs[0].shape[0] > 1
+
+
 def _fit(full: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Cuts the padding off a transposed convolution, and adds the rows and columns that no window reached."""
     after = [n - (m - b) for n, m, b in zip(size, full.shape[-2:], before)]
     if not any(before) and not any(after):
         return full
     return F.pad(full, (-before[1], after[1], -before[0], after[0]))
-
-
-def _avg_transpose(pool: Stage, signal: Tensor, patch: tuple[int, int] | None) -> Tensor:
-    w, channels = pool.window, pool.shape[0]
-    ones = signal.new_ones((channels, 1, *w.kernel))
-    full = F.conv_transpose2d(signal, ones, None, w.stride, 0, 0, channels)
-    return full if patch else _fit(full, w.padding, pool.inputs[0].shape[1:])
-
-
-def _vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
-    """The plain gradient of an operation, for what has no rule of its own."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        grads = torch.autograd.grad(run(*inputs), inputs, signal, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]

@@ -69,7 +69,9 @@ def _rectifier(name: str, node: torch.autograd.graph.Node) -> Rectifier | None:
     """What a node rectifies as, if it does."""
     kind = name.rstrip("0123456789").removesuffix("Backward")
     if kind == "Relu":
-        return Rectifier(F.relu)
+        below = node.next_functions[0][0]
+        within = below is not None and below.name().startswith("AbsBackward")  # `lp_pool2d`'s, which rectifies nothing
+        return None if within else Rectifier(F.relu)
     if kind == "Hardtanh":  # ReLU6 too
         low, high = node._saved_min_val, node._saved_max_val
     elif kind == "Clamp":

@@ -140,7 +140,10 @@ def _rectified(input, rectifier: Rectifier) -> Stage:
 
 
 def relu(self) -> Stage:
-    return _rectified(self, Rectifier(F.relu))
+    x = stage_of(self)
+    if (x.options.get("native") or ("",))[0] == "abs":  # inside torch's own `lp_pool2d`, where there is nothing to rectify
+        return x
+    return _rectified(x, Rectifier(F.relu))
 
 
 def relu6(self) -> Stage:
@@ -185,6 +188,15 @@ def pointwise(input, function: Callable[[Tensor], Tensor], native: tuple[str, fl
     x = stage_of(input)
     options = {"function": function, "native": native}
     return Stage(kind="pointwise", inputs=[x], run=function, shape=x.shape, options=options)
+
+
+def glu(self, dim=-1) -> Stage:
+    """Half of the channels, times the other half's sigmoid."""
+    x = stage_of(self, (3,))
+    if dim not in (1, -3):
+        raise Unknown
+    value, gate = (as_stage(Picked(x, half)) for half in torch.arange(x.shape[0], device="cpu").chunk(2))
+    return mul(value, RULES["sigmoid"](gate))
 
 
 def prelu(self, weight) -> Stage:
@@ -391,9 +403,7 @@ def dropout(input, p, train):
 
 def add(self, other, alpha=1) -> Stage:
     if alpha != 1:
-        if _read(other):
-            raise Unknown("it adds a multiple")
-        other = other * alpha
+        other = mul(other, alpha) if _read(other) else other * alpha
     if _read(self) and _read(other):
         left, right = stage_of(self), stage_of(other)
         if left.shape == right.shape:
@@ -403,7 +413,9 @@ def add(self, other, alpha=1) -> Stage:
 
 
 def sub(self, other, alpha=1) -> Stage:
-    if alpha != 1 or (_read(self) and _read(other)):
+    if _read(self) and _read(other):
+        return add(self, other, -alpha)
+    if alpha != 1:
         raise Unknown
     return _combined(torch.sub, self, other, (1.0, -1.0))
 
@@ -509,6 +521,8 @@ def picked_channels(name: str, index: Tensor, given: dict, wanted: list[tuple[in
     rank = index.dim() + 3
     if name in ("view", "reshape", "unflatten", "flatten", "_unsafe_view"):
         return [index.reshape(wanted[0])]
+    if name in ("channel_shuffle", "native_channel_shuffle"):
+        return [index.unflatten(0, (given["groups"], -1)).T.flatten()] if index.dim() == 1 else None
     if name in ("squeeze", "unsqueeze"):
         dims, wide = given.get("dim"), rank + (name == "unsqueeze")
         dims = [dims] if isinstance(dims, int) else dims
@@ -613,7 +627,7 @@ def mean(self, dim, keepdim=False, dtype=None) -> Stage:
 RULES: dict[str, Callable] = {
     "conv2d": conv2d, "convolution": convolution, "_convolution": convolution, "linear": linear,
     "relu": relu, "relu6": relu6, "hardtanh": hardtanh, "clamp": clamp, "clip": clamp, "clamp_min": clamp_min,
-    "clamp_max": clamp_max, "threshold": threshold, "leaky_relu": leaky_relu, "rrelu": rrelu, "prelu": prelu,
+    "clamp_max": clamp_max, "threshold": threshold, "leaky_relu": leaky_relu, "rrelu": rrelu, "prelu": prelu, "glu": glu,
     "_prelu_kernel": prelu_kernel,
     "max_pool2d": max_pool2d, "max_pool2d_with_indices": max_pool2d_with_indices,
     "zfcore::max_pool2d_with_switches": max_pool2d,

@@ -33,6 +33,7 @@ _RETURNING = frozenset((
 _OF_CHANNELS = frozenset((
     "view", "reshape", "unflatten", "flatten", "_unsafe_view", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes",
     "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "index_select", "flip", "roll", "index",
+    "channel_shuffle", "native_channel_shuffle",
 ))  # fmt: skip
 _MISSING = object()
 
