@@ -831,6 +831,33 @@ def test_powers_of_maps():
     reads(lambda m, x: x.abs().pow_(x), "pointwise", "map")
 
 
+def test_products_with_rows():
+    """A gate is one number, or one for each channel; what is broadcast along rows alone is no product of the engines'."""
+    reads(lambda m, x: x * x.mean(3, keepdim=True).sigmoid(), "map", "pointwise", "map")
+    reads(lambda m, x: x * x.mean(1, keepdim=True).sigmoid(), "map", "pointwise", "product")
+    reads(lambda m, x: x.mean((2, 3), keepdim=True) * x.mean(1, keepdim=True), "map", "map", "product")
+
+
+@pytest.mark.parametrize("parts", [lambda v: v.chunk(2, 1), lambda v: v.unbind(1), lambda v: v.split([1, 3], 1)])
+def test_writes_to_parts_have_a_gradient(parts):
+    """Autograd forbids writes to one of several views, which the stage of such a write does without."""
+
+    def function(m, x):
+        y = x * 1
+        for i, part in enumerate(parts(y)):
+            part.mul_(i + 2)
+        return y
+
+    model = Code(function).eval()
+    network = read_network(model, SHAPE, gradient=True)
+    images = torch.randn(2, *SHAPE, requires_grad=True)
+    (found,) = torch.autograd.grad(run(network, images).square().sum(), images)
+    with torch.no_grad():
+        factors = function(model, torch.ones(2, 4, 1, 1)) ** 2
+    (wanted,) = torch.autograd.grad((model.conv(images).square() * factors).sum(), images)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_slopes_laid_over_a_map():
     reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.linspace(0, 1, 4).view(1, 4, 1, 1)), "pointwise")
     reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.full((5, 4, 1, 1), 0.5)[:1]), "pointwise")

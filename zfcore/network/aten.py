@@ -430,6 +430,8 @@ def mul(self, other) -> Stage:
         if len(left.shape) != len(right.shape):
             raise Unknown
         shape = tuple(torch.broadcast_shapes(left.shape, right.shape))
+        if len(shape) == 3 and any(each.shape[1:] not in (shape[1:], (1, 1)) for each in (left, right)):
+            raise Unknown("one of its maps is broadcast along rows or columns alone")
         return Stage(kind="product", inputs=[left, right], run=torch.mul, shape=shape)
     return _combined(torch.mul, self, other, (other, self))
 

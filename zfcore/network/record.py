@@ -868,8 +868,10 @@ def _written(base: Tensor, value: Tensor, steps: list) -> Tensor:
     base = base.clone(memory_format=torch.contiguous_format)
     view = base
     for function, args, which in steps:
-        made = function(view, *args)
-        view = made if isinstance(made, Tensor) else made[which]
+        if isinstance(made := function(view.detach(), *args), Tensor):
+            view = function(view, *args)
+        else:  # autograd forbids writes to one of several views
+            view = view.as_strided(made[which].shape, made[which].stride(), made[which].storage_offset())
     view.copy_(value)
     return base
 
