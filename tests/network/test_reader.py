@@ -809,6 +809,76 @@ def test_fields_are_what_gradients_reach():
         assert clipped[2] >= wanted[2] and clipped[3] >= wanted[3]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * (x.eq_(x.relu()) + 1),
+        lambda m, x: m.conv2(x.logical_or_(torch.zeros(4, 1, 1))),
+        lambda m, x: m.conv2(x.mul_(torch.linspace(0, 1, 4, dtype=torch.float64).view(4, 1, 1))),
+        lambda m, x: m.conv2((x * torch.linspace(0, 1, 4, dtype=torch.float64).view(4, 1, 1)).to(x.dtype)),
+        lambda m, x: m.conv2(torch.zeros_like(x).copy_(x > 0)),
+    ],
+)
+def test_results_of_another_dtype(function):
+    """What is written takes the dtype of what it is written to; what a wider constant makes is wider."""
+    reads(function, conv2=nn.Conv2d(4, 4, 1))
+
+
+def test_powers_of_maps():
+    reads(lambda m, x: torch.pow(x.abs() + 1, x), "pointwise", "scale", "map")
+    reads(lambda m, x: (x.abs() + 1).float_power(x).to(x.dtype), "pointwise", "scale", "map")
+    reads(lambda m, x: x.pow_(2), "pointwise")
+    reads(lambda m, x: x.abs().pow_(x), "pointwise", "map")
+
+
+def test_products_with_rows():
+    """A gate is one number, or one for each channel; what is broadcast along rows alone is no product of the engines'."""
+    reads(lambda m, x: x * x.mean(3, keepdim=True).sigmoid(), "map", "pointwise", "map")
+    reads(lambda m, x: x * x.mean(1, keepdim=True).sigmoid(), "map", "pointwise", "product")
+    reads(lambda m, x: x.mean((2, 3), keepdim=True) * x.mean(1, keepdim=True), "map", "map", "product")
+
+
+@pytest.mark.parametrize("parts", [lambda v: v.chunk(2, 1), lambda v: v.unbind(1), lambda v: v.split([1, 3], 1)])
+def test_writes_to_parts_have_a_gradient(parts):
+    """Autograd forbids writes to one of several views, which the stage of such a write does without."""
+
+    def function(m, x):
+        y = x * 1
+        for i, part in enumerate(parts(y)):
+            part.mul_(i + 2)
+        return y
+
+    model = Code(function).eval()
+    network = read_network(model, SHAPE, gradient=True)
+    images = torch.randn(2, *SHAPE, requires_grad=True)
+    (found,) = torch.autograd.grad(run(network, images).square().sum(), images)
+    with torch.no_grad():
+        factors = function(model, torch.ones(2, 4, 1, 1)) ** 2
+    (wanted,) = torch.autograd.grad((model.conv(images).square() * factors).sum(), images)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_slopes_laid_over_a_map():
+    reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.linspace(0, 1, 4).view(1, 4, 1, 1)), "pointwise")
+    reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.full((5, 4, 1, 1), 0.5)[:1]), "pointwise")
+
+
+def test_what_the_forward_made_is_written_to_while_it_computes():
+    """With an example, the constant that a stage holds keeps the values that it had."""
+
+    def function(m, x):
+        y = torch.full_like(x, 0.3)
+        z = x * y
+        y.add_(x)
+        return z + y
+
+    model = Code(function).eval()
+    model.conv.register_forward_hook(lambda m, a, out: out * 0.5)
+    images = torch.randn(2, *SHAPE)
+    network = read_network(model, SHAPE, None, images)
+    torch.testing.assert_close(run(network, images), model(images))
+
+
 def test_no_field_where_everything_is_seen():
     network = reads(lambda m, x: x * x.mean((2, 3), keepdim=True))
     assert [stage.field is None for stage in network.stages] == [False, False, True, True]

@@ -204,6 +204,14 @@ def prelu(self, weight) -> Stage:
     return pointwise(x, lambda x: F.prelu(x, weight))
 
 
+def prelu_kernel(self, weight) -> Stage:
+    """What prelu calls, with slopes that are laid over the map."""
+    x, weight = stage_of(self), _parameter(weight)
+    if weight.dim() > len(x.shape) + 1 or (weight.dim() == len(x.shape) + 1 and len(weight) != 1):
+        raise Unknown
+    return pointwise(x, lambda x: torch.ops.aten._prelu_kernel(x, weight))
+
+
 def _each(name: str, native: Callable[..., tuple[str, float, float] | None] = lambda *a: None):
     """A function of each value that takes numbers besides."""
     function = getattr(torch.ops.aten, name)
@@ -422,6 +430,8 @@ def mul(self, other) -> Stage:
         if len(left.shape) != len(right.shape):
             raise Unknown
         shape = tuple(torch.broadcast_shapes(left.shape, right.shape))
+        if len(shape) == 3 and any(each.shape[1:] not in (shape[1:], (1, 1)) for each in (left, right)):
+            raise Unknown("one of its maps is broadcast along rows or columns alone")
         return Stage(kind="product", inputs=[left, right], run=torch.mul, shape=shape)
     return _combined(torch.mul, self, other, (other, self))
 
@@ -620,7 +630,7 @@ RULES: dict[str, Callable] = {
     "conv2d": conv2d, "convolution": convolution, "_convolution": convolution, "linear": linear,
     "relu": relu, "relu6": relu6, "hardtanh": hardtanh, "clamp": clamp, "clip": clamp, "clamp_min": clamp_min,
     "clamp_max": clamp_max, "threshold": threshold, "leaky_relu": leaky_relu, "rrelu": rrelu, "prelu": prelu, "glu": glu,
-    "_prelu_kernel": prelu,
+    "_prelu_kernel": prelu_kernel,
     "max_pool2d": max_pool2d, "max_pool2d_with_indices": max_pool2d_with_indices,
     "zfcore::max_pool2d_with_switches": max_pool2d,
     "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d, "_adaptive_avg_pool2d": adaptive_avg_pool2d,

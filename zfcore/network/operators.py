@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zfcore.network import aten
-from zfcore.network.values import replaced
+from zfcore.network.values import Value, replaced
 
 # They read a value, so that Python may go another way for other images.
 _READING = frozenset((
@@ -103,12 +103,14 @@ class Operator:
             return None
         targets = set(self.written) - {"self"}
         names = [name for name, _, _ in self.arguments if name not in targets]
+        types = [str(a.type) for a in self.function._schema.arguments if a.name not in targets]
         overload = self.function._overloadname
         for found in (overload, overload.removesuffix("_out").removesuffix("out"), "default", *packet.overloads()):
             if found in packet.overloads():
                 plain = operator(getattr(packet, found))
                 own = [name for name, _, _ in plain.arguments]
-                if not plain.mutable and own[1:] == names[1:] and own[0] in (names[0], "input"):
+                taken = [str(a.type) for a in plain.function._schema.arguments]
+                if not plain.mutable and own[1:] == names[1:] and own[0] in (names[0], "input") and taken == types:
                     return plain
         return None
 
@@ -155,6 +157,17 @@ def with_tensors(given: object, by: Callable[[Tensor], object]) -> object:
 
     def one(leaf):
         return by(leaf) if isinstance(leaf, Tensor) else leaf
+
+    if isinstance(given, dict):
+        return {key: replaced(part, one) for key, part in given.items()}
+    return replaced(given, one)
+
+
+def with_values(given: object, by: Callable[[Value], object]) -> object:
+    """Arguments, each value that stands for a tensor replaced."""
+
+    def one(leaf):
+        return by(leaf) if isinstance(leaf, Value) else leaf
 
     if isinstance(given, dict):
         return {key: replaced(part, one) for key, part in given.items()}

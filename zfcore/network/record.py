@@ -27,7 +27,7 @@ from zfcore.network.counting import IMAGES, Count
 from zfcore.network.guard import kept, recording
 from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
-from zfcore.network.operators import Operator, operator, tensors_in, with_tensors
+from zfcore.network.operators import Operator, operator, tensors_in, with_tensors, with_values
 from zfcore.network.stages import Stage
 from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced
 
@@ -375,7 +375,8 @@ class Record:
         if memory.blank:
             raise Unknown("reads memory that was written to where it cannot be seen")
         memory.held = True
-        return self.current(t)
+        # Where the forward computes, it writes too, and what was made in it has no copy that is written to instead.
+        return self.current(t).clone() if memory.fresh and self.example is not None else self.current(t)
 
     def constant(self, op: Operator, args: tuple, kwargs: dict, tensors: list[Tensor]) -> object:
         """An operation on what is not computed from the images: it is done."""
@@ -708,8 +709,7 @@ class Record:
             if isinstance(source, Unread):
                 return source
             if isinstance(source, Value):
-                if (source.dtype if isinstance(source, Loose) else self.dtype) != target.dtype:
-                    return self.unread("copies into another dtype")
+                source = self.cast(source, target.dtype)
                 if whole.Call("", {}, self.images).shape(source) == shapes[0].shape:
                     return source
                 expand = operator(torch.ops.aten.expand.default)
@@ -720,7 +720,22 @@ class Record:
         if not any(isinstance(v, Value) for v in leaves(given)):
             return self.unread(f"calls {op.label} in a way that the engines do not read")
         positional, named = plain.unbound(dict(zip((name for name, _, _ in plain.arguments), given.values(), strict=True)))
-        return self.values_of(plain, positional, named, shapes)[0]
+        made = self.shapes(plain, with_values(positional, self.meta), with_values(named, self.meta))
+        if tuple(made[0].shape) != shapes[0].shape:
+            return self.unread(f"calls {op.label} in a way that the engines do not read")
+        return self.cast(self.values_of(plain, positional, named, made)[0], target.dtype)
+
+    def meta(self, value: Value) -> Tensor:
+        """What a value looks like, on the meta device."""
+        dtype = value.dtype if isinstance(value, Loose) else self.dtype
+        return torch.empty(whole.Call("", {}, self.images).shape(value), dtype=dtype, device="meta")
+
+    def cast(self, value: Value | Unread, dtype: torch.dtype) -> Value | Unread:
+        """A value as what is written into a tensor of this dtype."""
+        if isinstance(value, Unread) or (value.dtype if isinstance(value, Loose) else self.dtype) == dtype:
+            return value
+        place = (whole.Call("", {}, self.images).shape(value), dtype, *whole.axis_of(value))
+        return self.settled(Loose(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype}, *place), "copy_")
 
     def maybe_copied(self, op: Operator, args: tuple, kwargs: dict) -> object:
         """reshape, flatten, contiguous, to: a view or a copy, which strides that are not known decide."""
@@ -749,8 +764,7 @@ class Record:
         if isinstance(value, Unread):
             result: Value | Unread = value
         elif dtype != source.dtype:
-            place = (tuple(shape.shape), dtype, *whole.axis_of(value))
-            result = self.settled(Loose(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype}, *place), op.name)
+            result = self.cast(value, dtype)
         elif tuple(shape.shape) == tuple(source.shape):
             result = value
         else:
@@ -909,8 +923,10 @@ def _written(base: Tensor, value: Tensor, steps: list) -> Tensor:
     base = base.clone(memory_format=torch.contiguous_format)
     view = base
     for function, args, which in steps:
-        made = function(view, *args)
-        view = made if isinstance(made, Tensor) else made[which]
+        if isinstance(made := function(view.detach(), *args), Tensor):
+            view = function(view, *args)
+        else:  # autograd forbids writes to one of several views
+            view = view.as_strided(made[which].shape, made[which].stride(), made[which].storage_offset())
     view.copy_(value)
     return base
 

@@ -628,4 +628,4 @@ def _by_image(rank: int | None) -> Callable[[Call], Axis]:
 
 
 RULES |= {name: _by_image(rank) for name, rank in _BY_IMAGE.items()}
-RULES |= {"prelu": _prelu, "_prelu_kernel": _prelu, "triu": _matrix_part, "tril": _matrix_part}
+RULES |= {"prelu": _prelu, "_prelu_kernel": elementwise, "triu": _matrix_part, "tril": _matrix_part}
