@@ -944,7 +944,7 @@ def alike(one: list[tuple], other: list[tuple], single: bool = False) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             if single:
                 a, b = a.flatten(), b.flatten()
-            if a is not b and not (a.shape == b.shape and torch.equal(a, b)):
+            if a is not b and not (a.shape == b.shape and whole.same(a, b)):
                 return False
         elif type(a) is not type(b) or (a != b and a == a):
             return False
