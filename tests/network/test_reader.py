@@ -503,6 +503,29 @@ def test_layers_before_control_flow():
     assert read_network(model, SHAPE, "relu@0").layer.kind == "relu"
 
 
+def test_a_forward_is_followed_up_to_a_layer_that_is_called_once():
+    """Once a whole forward has shown it; as long as the model is as it was."""
+    seen = []
+
+    def code(m, x):
+        x = m.relu(x)
+        seen.append("after")
+        return m.relu(x) + 1 if m.again else x + 1
+
+    model = Code(code, relu=nn.ReLU()).eval()
+    model.again = False
+    for _ in range(3):
+        network = read_network(model, SHAPE, "relu")
+        assert [stage.kind for stage in network.stages] == ["input", "conv", "relu"]
+    assert seen == ["after"]
+    model.again = True  # the forward has another way to go
+    assert len(read_network(model, SHAPE, "relu").stages) == 4
+    assert len(read_network(model, SHAPE, "relu@0").stages) == 3
+    model.again = False
+    model.conv = nn.Conv2d(3, 2, 1)
+    assert read_network(model, SHAPE, "relu").layer.shape == (2, 20, 24)
+
+
 def test_images_that_fit_up_to_the_layer():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 5), nn.Flatten(), nn.Linear(99, 2)

@@ -99,17 +99,20 @@ _keeps: dict[int, Kept] = {}  # by the id of the model, which lives as long as i
 
 def _random_state() -> Callable[[], None]:
     """What sets every generator that a model may draw from to where it is now."""
-    states = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-        (numpy.random.set_state, numpy.random.get_state(legacy=False)),
-    ]
-    if torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    state, own, theirs = torch.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=False)
+    there = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
     def restore() -> None:
-        for put, state in states:
-            put(state)
+        # Setting a state takes longer than seeing that it has not moved.
+        if not torch.equal(torch.get_rng_state(), state):
+            torch.set_rng_state(state)
+        if random.getstate() != own:
+            random.setstate(own)
+        now = numpy.random.get_state(legacy=False)["state"]
+        if now["pos"] != theirs["state"]["pos"] or not numpy.array_equal(now["key"], theirs["state"]["key"]):
+            numpy.random.set_state(theirs)
+        if there is not None:
+            torch.cuda.set_rng_state_all(there)
 
     return restore
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,8 +94,13 @@ def read_network(
             engines read.
     """
     name, call = resolve_layer(model, layer) if layer is not None else ("", None)
-    record = _recorded(model, image_shape, example, gradient)
     module = dict(model.named_modules(remove_duplicate=False))[name]
+    # The first forward of a model says how often a layer is called; from then on a forward is followed up to it.
+    single = layer is not None and call is None and module is not model and _is_called_once(model, image_shape, module)
+    until = None if layer is None or module is model else 0 if single else call
+    record = _recorded(model, image_shape, example, gradient, None if until is None else (module, until))
+    if until is None and record.failure is None:
+        _remember(model, image_shape, record)
     calls = record.calls.get(module, [])
     label = name if call is None else f"{name}@{call}"
     if record.failure is not None and (call is None or call >= len(calls)):
@@ -128,7 +134,40 @@ def read_network(
     return Network(model, stages, record.calls, rebuild)
 
 
-def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tensor | None, gradient: bool) -> Record:
+# By model: the pictures' shape and what the model was like when a whole forward was recorded, and the modules that were
+# called once.
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, set[int]]] = weakref.WeakKeyDictionary()
+
+
+def _likeness(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple:
+    """What a model would not have kept if its forward had another way to go: its modules, their code and attributes."""
+    parts: list[object] = [image_shape]
+    for module in model.modules():
+        kind = type(module)
+        parts += (id(module), id(kind if isinstance(module, torch.jit.ScriptModule) else kind.forward))
+        parts += map(id, module.__dict__.values())
+        parts += map(id, module._modules.values())
+    return tuple(parts)
+
+
+def _is_called_once(model: nn.Module, image_shape: tuple[int, int, int], module: nn.Module) -> bool:
+    likeness, once = _seen.get(model, (None, ()))
+    return id(module) in once and likeness == _likeness(model, image_shape)
+
+
+def _remember(model: nn.Module, image_shape: tuple[int, int, int], record: Record) -> None:
+    once = {id(module) for module, calls in record.calls.items() if len(calls) == 1}
+    _seen[model] = _likeness(model, image_shape), once
+
+
+def _recorded(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    example: Tensor | None,
+    gradient: bool,
+    until: tuple[nn.Module, int] | None,
+) -> Record:
+    """until: a module, and which of its calls is the last to be followed."""
     tensors = itertools.chain(model.parameters(), model.buffers(), () if example is None else (example,))
     parameter = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
     hooked = _hooked(model)
@@ -138,13 +177,13 @@ def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tens
     place = (model, image_shape, parameter.dtype, parameter.device, gradient, example[:1] if hooked is not None else None)
     fixed = fixed_batch(model)
     with torch.inference_mode(False), _own_precision(parameter.device):
-        record = Record(*place, fixed or IMAGES)
+        record = Record(*place, fixed or IMAGES, until)
         record.run()
         done: set[int] = set()
         wanted = record.count.numbers() if fixed is None else set()
         while wanted - done and not isinstance(record.failure, ShapeError):
             images = min(wanted - done)
-            other = Record(*place, images)
+            other = Record(*place, images, until)
             if images <= MOST:
                 other.run()
             same = (record.failure is None) == (other.failure is None)

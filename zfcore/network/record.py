@@ -63,11 +63,13 @@ class Record:
         gradient: bool,
         example: Tensor | None = None,
         images: int = IMAGES,
+        until: tuple[nn.Module, int] | None = None,
     ):
-        """gradient: what autograd would do counts, too. example: computes the values as well, of this image."""
+        """until: a module, and which of its calls is the last that is followed. gradient: what autograd would do counts, too. example: computes the values as well, of this image."""
         self.model, self.dtype, self.device, self.gradient, self.images = model, dtype, device, gradient, images
         self.image = Stage("input", shape=tuple(image_shape), name="image")
-        self.example = example
+        self.example, self.until = example, until
+        self.reached = False  # the call that was asked for
         self.memories: dict[int, Memory] = {}
         self.paths = {module: name for name, module in model.named_modules()}
         self.scopes: list[nn.Module] = [model]
@@ -119,6 +121,8 @@ class Record:
         return _Unseen(self)
 
     def fail(self, error: Exception) -> None:
+        if self.reached:
+            return
         if isinstance(error, ZfcoreError):
             self.failure = error
             return
@@ -181,6 +185,9 @@ class Record:
         if isinstance(value, Stage) and module is not self.model:
             self.owners.setdefault(value, (module, len(calls)))
         calls.append(value)
+        if self.until == (module, len(calls) - 1):
+            self.reached = True
+            raise Stopped("the layer was reached")
 
     def custom(self, own: type, forward: Callable, args: tuple, kwargs: dict) -> object:
         """A custom autograd function: with a gradient asked for, one operation that keeps its own backward."""
@@ -429,7 +436,7 @@ class Record:
                     break
         else:
             return self.constant(op, args, kwargs, tensors)
-        if self.failure is not None:
+        if self.failure is not None or self.reached:
             raise Stopped(str(self.failure))
         if op.shaped and self.value_of(args[0]) is None:
             self.count.use()
