@@ -144,7 +144,7 @@ def tensors_in(args: tuple | list) -> list[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
             found.append(a)
-        elif type(a) in (list, tuple):
+        elif type(a) in (list, tuple) and a and type(a[0]) is not int:  # else sizes, as most lists are
             found += tensors_in(a)
     return found
 

@@ -189,7 +189,7 @@ class Record:
         if not self.gradient:
             return forward(*args, **kwargs)
         with self.unseen():
-            values = self.values(args), self.values(kwargs)
+            values = with_tensors(args, self.values), with_tensors(kwargs, self.values)
         self.inside += 1
         try:
             out = forward(*args, **kwargs)
@@ -470,7 +470,7 @@ class Record:
     def computed(self, op: Operator, args: tuple, kwargs: dict) -> object:
         """New memory for an operation's results, and what they stand for."""
         values = self.values(args), self.values(kwargs) if kwargs else kwargs
-        lost = _unread_in(values)
+        lost = _unread_in(values[0]) or (_unread_in(tuple(values[1].values())) if kwargs else None)
         results = None
         if lost is None and op.rule is not None and not op.of_channels and self.usual(values[0]):
             stage = self.at_once(op, *values)
@@ -499,11 +499,13 @@ class Record:
 
     def values(self, given: object) -> object:
         """Arguments with what they stand for in place of tensors."""
-        if isinstance(given, dict):
-            return {key: self.values(part) for key, part in given.items()}
         kind = type(given)
+        if kind is list and given and type(given[0]) is int:
+            return given  # sizes, as most lists are
         if kind is tuple or kind is list:
             return kind([self.values(part) if isinstance(part, _HOLDING) else part for part in given])
+        if kind is dict:
+            return {key: self.values(part) for key, part in given.items()}
         if not isinstance(given, Tensor):
             return given
         found = self.value_of(given)
@@ -531,10 +533,11 @@ class Record:
     def usual(self, values: tuple) -> bool:
         """Whether no constant may give the result another dtype than the model's, or has no memory of its own."""
         for value in values:
-            if isinstance(value, Tensor):
-                if value.dtype != self.dtype or not _in_memory(value):
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter:
+                if value.dtype != self.dtype or value.layout is not torch.strided:
                     return False
-            elif type(value) is complex:
+            elif kind is complex or (isinstance(value, Tensor) and not (value.dtype == self.dtype and _in_memory(value))):
                 return False
         return True
 
@@ -862,7 +865,7 @@ def _unread_in(given: tuple) -> Unread | None:
         kind = type(leaf)
         if kind is Unread:
             return leaf
-        if kind in (tuple, list):
+        if (kind is tuple or kind is list) and leaf and type(leaf[0]) is not int:
             found = _unread_in(leaf)
             if found is not None:
                 return found
