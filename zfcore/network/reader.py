@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,8 @@ def _hooked(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if not (isinstance(hook, Observer) or type(hook).__module__.startswith("torch.nn.utils")):
+                home = getattr(hook if isinstance(hook, FunctionType) else type(hook), "__module__", None) or ""
+                if not (isinstance(hook, Observer) or home.startswith(("torch.nn.utils", "torch.export"))):
                     return module
     return None
 
