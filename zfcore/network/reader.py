@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
+from zfcore.network.counting import IMAGES, MOST
 from zfcore.network.geometry import Field
 from zfcore.network.guard import Observer, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
-from zfcore.network.counting import IMAGES, MOST
 from zfcore.network.record import Record, alike
 from zfcore.network.stages import Stage
 from zfcore.network.values import Loose, Unread

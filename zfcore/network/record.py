@@ -29,7 +29,16 @@ from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
 from zfcore.network.operators import Operator, operator, tensors_in, with_tensors
 from zfcore.network.stages import Stage
-from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced
+from zfcore.network.values import (
+    Alike,
+    Loose,
+    Picked,
+    Unknown,
+    Unread,
+    Value,
+    leaves,
+    replaced,
+)
 
 
 class Stopped(Exception):
