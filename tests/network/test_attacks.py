@@ -338,3 +338,21 @@ def test_custom_functions_leave_what_they_are_given(own, slope):
 def test_what_autograd_would_say_of_a_map(function):
     same(Net(function))
     refused(Net(function), "asks whether a gradient is followed", gradient=True)
+
+
+def test_memory_that_is_written_part_by_part():
+    def filled(m, x):
+        y = torch.empty(x.shape[0], 8, 8, 8).fill_(1)
+        y = torch.empty_like(y)  # where there were ones, or anything
+        y[:, :4] = x
+        y[:, 4:] = x * 2
+        return y
+
+    same(Net(filled))
+
+
+def test_an_exported_program_is_read_without_an_example():
+    images = torch.randn(2, *SHAPE)
+    program = torch.export.export(Net(lambda m, x: F.relu(m.head(x))).eval(), (images,)).module()
+    network = read_network(program, SHAPE)
+    torch.testing.assert_close(computed(network, images), program(images))

@@ -65,6 +65,8 @@ class Functions(TorchFunctionMode):
             if isinstance(first, Tensor):
                 with record.unseen():
                     value = record.value_of(first)
+                    if special is _escapes and value is None and (memory := record.memory(first)) is not None:
+                        memory.blank = False  # it may be written to from now on where nobody sees it
                 if value is not None:
                     return special(record, value, function, args, kwargs)
         record.python += 1

@@ -7,16 +7,17 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
+from zfcore.network.counting import IMAGES, MOST
 from zfcore.network.geometry import Field
 from zfcore.network.guard import Observer, kept, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
-from zfcore.network.counting import IMAGES, MOST
 from zfcore.network.record import Record, alike
 from zfcore.network.stages import Stage
 from zfcore.network.values import Loose, Unread
@@ -213,7 +214,8 @@ def _hooked(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if not (isinstance(hook, Observer) or type(hook).__module__.startswith("torch.nn.utils")):
+                home = getattr(hook if isinstance(hook, FunctionType) else type(hook), "__module__", None) or ""
+                if not (isinstance(hook, Observer) or home.startswith(("torch.nn.utils", "torch.export"))):
                     return module
     return None
 

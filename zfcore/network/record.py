@@ -29,7 +29,16 @@ from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
 from zfcore.network.operators import Operator, operator, tensors_in, with_tensors, with_values
 from zfcore.network.stages import Stage
-from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced
+from zfcore.network.values import (
+    Alike,
+    Loose,
+    Picked,
+    Unknown,
+    Unread,
+    Value,
+    leaves,
+    replaced,
+)
 
 
 class Stopped(Exception):
@@ -319,7 +328,8 @@ class Record:
             constant = self.current(memory.tensor)
             if constant.dim() == 0 or len(constant) != self.images:
                 raise Unknown("a constant that has no images")
-            part = whole.alike_all(constant.clone(), whole.Axis(0), self.images)
+            values = torch.zeros_like(constant) if memory.blank else constant.clone()
+            part = whole.alike_all(values, whole.Axis(0), self.images)
             memory.holds(Loose(_itself, (part,), {}, tuple(constant.shape), constant.dtype, 0))
         base, part = self.view(memory, memory.base), self.view(memory, key)
         for each in (base, part):
@@ -702,10 +712,10 @@ class Record:
             value = self.overwriting(op, plain, target, left)
         if self.example is not None:
             op.function(*with_tensors(args, self.current), **with_tensors(kwargs, self.current))
-        self.known(target).blank = False
         for name in op.written:
             for t in tensors_in([given[name]]):
                 self.write(t, value)
+                self.known(t).blank = False
         return op.as_given(given, target)
 
     def overwriting(self, op: Operator, plain: Operator, target: Tensor, given: dict) -> Value | Unread:
