@@ -165,7 +165,7 @@ def occlusion_map(
                 and all positions of every cell of that coarse grid at whose corners an answer differs; the rest is
                 interpolated, and `error` says how far off that was at a sample of it.
     tolerance:  of the range of an image's answers, what the corners of a cell may differ by with mode="adaptive".
-    batch_size: positions worked at at once; None chooses so that their maps take about 256 MB.
+    batch_size: positions worked at at once; None chooses by the size of their maps.
     strict:     raise UnsupportedOperation where otherwise plain batched forwards give the same answer: for a network
                 that zfcore.network cannot read, a dtype or device without kernels, weights that are not finite. Not
                 where forwards are as fast: `reason` says so then.
@@ -313,9 +313,7 @@ def _sweep(
             _check_that_it_runs(model, images, error)
         warnings.warn(f"zfcore: plain forwards run this network: {error}", stacklevel=3)
         return None, str(error)
-    if sweep.macs >= sweep.plain_macs:
-        return None, "plain forwards are no more work than the engine, with boxes of this size"
-    return sweep, ""
+    return (sweep, "") if sweep.refusal is None else (None, sweep.refusal)
 
 
 def _check_that_it_runs(model: nn.Module, images: Tensor, error: ShapeError) -> None:

@@ -235,8 +235,9 @@ class ShuffleUnit(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.branch = nn.Sequential(
-            nn.Conv2d(c // 2, c // 2, 1), nn.ReLU(), nn.Conv2d(c // 2, c // 2, 3, 1, 1, groups=c // 2), nn.BatchNorm2d(c // 2)
-        )
+            nn.Conv2d(c // 2, c // 2, 1), nn.ReLU(),
+            nn.Conv2d(c // 2, c // 2, 3, 1, 1, groups=c // 2), nn.BatchNorm2d(c // 2),
+        )  # fmt: skip
 
     def forward(self, x):
         a, b = x.chunk(2, 1)
@@ -270,7 +271,9 @@ class DenseNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
         self.layers = nn.ModuleList(self.layer(6 + 4 * i) for i in range(3))
         self.transition = nn.Sequential(nn.BatchNorm2d(18), nn.ReLU(), nn.Conv2d(18, 8, 1), nn.AvgPool2d(2))
         self.late = nn.ModuleList(self.layer(8 + 4 * i) for i in range(3))

@@ -113,7 +113,8 @@ def test_overlapping_windows_that_keep_the_last(name, layer, rule, positions):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("vgg", "0.10"), ("alexnet", "pool4"), ("resnet", "layer2.1.relu"), ("googlenet", "b"), ("mobilenet", "wide"),
-     ("overlapping", "pool3"), ("efficientnet", "b"), ("shufflenet", "conv"), ("densenet", "norm"), ("products", "joined")],
+     ("overlapping", "pool3"), ("efficientnet", "b"), ("shufflenet", "conv"), ("densenet", "norm"),
+     ("products", "joined")],
 )  # fmt: skip
 def test_the_dense_path_is_the_engine(name, layer, rule, overlap):
     model, images = make(name)

@@ -270,12 +270,16 @@ def test_a_model_without_shapes_is_refused():
         zfcore.deconv_project(model, torch.randn(1, 3, 8, 8), "0")
 
 
-def test_torchscript_is_refused():
+def test_torchscript_layers_are_refused():
+    """What a module inside a script returns cannot be seen; the whole script's output can."""
     model = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8))
+    images = torch.randn(1, 3, 8, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UnsupportedOperation, match="TorchScript"):
-            zfcore.deconv_project(model, torch.randn(1, 3, 8, 8), "1")
+            zfcore.deconv_project(model, images, "1")
+    plain = nn.Sequential(model, nn.Conv2d(4, 2, 3))
+    assert zfcore.deconv_project(plain, images, "1", strict=True).path == "engine"
 
 
 @pytest.mark.parametrize(

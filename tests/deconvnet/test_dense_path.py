@@ -25,14 +25,23 @@ from zfcore.network import kept
 pytestmark = pytest.mark.filterwarnings("ignore:zfcore. the dense path")
 
 
+def unread(*args, **kwargs):
+    raise UnsupportedOperation("a network that is not read")
+
+
 @pytest.mark.parametrize("rule", ("deconvnet", "guided", "gradient"))
 @pytest.mark.parametrize("layer", ("stem", "conv", "head"))
-def test_attention(layer, rule):
+def test_attention(layer, rule, monkeypatch):
     model = randomise(Attention())
     images = torch.randn(2, 3, 32, 32)
     p = zfcore.deconv_project(model, images, layer, [0, 3], rule=rule)
-    assert p.path == ("engine" if layer == "stem" else "dense")
+    assert p.path == "engine"
     close(p.pixels, project(model, images, layer, [0, 3], p.positions, rule=rule)[0], torch.float32)
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr("zfcore.deconvnet.read_network", unread)
+        dense = zfcore.deconv_project(model, images, layer, [0, 3], positions=p.positions, rule=rule)
+    assert dense.path == "dense"
+    close(dense.pixels, p.pixels.double(), torch.float32)
 
 
 class Rectifiers(nn.Module):

@@ -371,6 +371,14 @@ def test_writes_into_other_tensors_are_followed(name):
     reads(_into(*WRITES[name]))
 
 
+def test_constants_of_each_image_may_differ_by_rounding():
+    """The rows of a product of matrices are not all computed in the same order."""
+    deep = nn.Linear(515, 4)
+    model = Code(lambda m, x: x * m.deep(torch.ones(len(x), 515) / 3).view(-1, 4, 1, 1), deep=deep).eval()
+    images = torch.randn(3, *SHAPE)
+    torch.testing.assert_close(run(read_network(model, SHAPE), images), model(images))
+
+
 def test_writes_into_the_models_own_tensors_go_to_a_copy():
     """What is computed from the images is refused by name there, constants count from then on."""
     model = Code(lambda m, x: (m.buf.copy_(x), m.buf * 2)[1]).eval()

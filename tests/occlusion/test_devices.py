@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from waiting import NothingWaits, OneDevice
+
 from zfcore import reference
 from zfcore.engine import sweep as engine
 from zfcore.engine.adaptive import Everything
@@ -37,6 +38,7 @@ class Branches(nn.Module):
         x = self.lrn(torch.relu(self.norm(self.conv(nn.functional.pad(x, (1, 2, 0, 1))))))
         x = nn.functional.max_pool2d(x, 3, 2, 1)
         left, right = self.norm(self.left(x)), torch.sigmoid(self.right(x)) * 0.5
+        left = torch.cat(left.split(4, 1), 1) * nn.functional.softmax(x.mean((2, 3)), 1)[:, :, None, None]
         x = torch.cat((left + right, nn.functional.relu6(right), torch.relu(left)), 1)
         x = nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
         return self.full(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
@@ -57,20 +59,21 @@ def shapes_only(monkeypatch):
         return out
 
     monkeypatch.setattr(engine, "delta_filters", filters)
-    for name in ("conv_boxes", "conv_delta", "pool_delta", "lrn_delta", "relu_delta"):
+    for name in ("conv_boxes", "conv_delta", "pool_delta", "lrn_delta", "relu_delta", "pointwise_delta"):
         monkeypatch.setattr(engine, name, give)
     monkeypatch.setattr(engine, "paste_boxes", reference.paste_boxes)
 
 
+@pytest.mark.parametrize("changes", [0, 3, 1000])
 @pytest.mark.parametrize("layer", [None, "left"])
-def test_all_of_the_engine_is_on_one_device(shapes_only, layer):
+def test_all_of_the_engine_is_on_one_device(shapes_only, layer, changes):
     model = Branches().eval().to("meta")
     network = read_network(model, (3, 40, 44))
     feature = None if layer is None else network.calls[model.left][-1]
     images = torch.empty(2, 3, 40, 44, device="meta")
     with OneDevice(), torch.no_grad():
         y, x = (((0, 8), (8, 16), (32, 40)), ((0, 8), (30, 38)))
-        sweep = engine.Sweep(network, feature, y, x, torch.float32, 4, images.device)
+        sweep = engine.Sweep(network, feature, y, x, torch.float32, 4, images.device, changes=changes)
         maps = sweep.up(images)
         seen = 0
         every = torch.arange(12, device="meta")
@@ -82,8 +85,12 @@ def test_all_of_the_engine_is_on_one_device(shapes_only, layer):
             waits.enter_context(NothingWaits())  # after the first batch, which brings what is kept
         waits.close()
     assert seen == 12
+    if changes < 1000:
+        assert len(sweep.steps) == changes
+        return
     assert {step.run.__name__ for step in sweep.steps} >= {
-        "change_product", "change_max_pool", "change_avg_pool", "change_pad", "change_add", "change_cat", "change_any"
+        "change_product", "change_max_pool", "change_avg_pool", "change_pad", "change_add", "change_cat", "change_any",
+        "change_pointwise", "change_channels", "change_factors",
     }  # fmt: skip
 
 
@@ -106,7 +113,7 @@ def test_nothing_waits_for_the_device_between_batches(shapes_only, layer, score)
     if layer is not None:
         totals = FeatureTotals(model, (layer, None), images)
     grid = Grid.over((40, 40), (8, 8), (8, 8))
-    sweep = engine.Sweep(network, totals and totals.stage(network), grid.y, grid.x, torch.float32, 7, images.device)
+    sweep = engine.Sweep(network, totals and totals.stage(network), grid.y, grid.x, torch.float32, 7, images.device, changes=1000)
     assert [step.run.__name__ for step in sweep.steps].count("change_boxes") == 1
     answers = Answers(score, None, images)
     answers.checked = True  # one look at the clean outputs, which these tensors do not have

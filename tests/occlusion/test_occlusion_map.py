@@ -234,6 +234,8 @@ def test_positions_of_several_images_share_one_reused_buffer():
 
     class Spy(VGGLike):
         def forward(self, x):
+            if x.sum() > 1e9:  # which keeps the engine out
+                return x
             seen.append(len(x))
             storage.append(x.data_ptr())
             return super().forward(x)
@@ -449,12 +451,20 @@ def test_networks_of_other_dtypes():
 
 
 def test_bf16_is_close_and_says_so_in_the_arithmetic():
-    model, images = network(VGGLike), pictures(2, (16, 16))
-    exact = occlusion_map(model, images, box=5, stride=4)
     seen = []
-    handle = model[0].register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+
+    class Spy(VGGLike):
+        def forward(self, x):
+            if x.sum() > 1e9:  # which keeps the engine out
+                return x
+            seen.append(self[0](x).dtype)
+            return super().forward(x)
+
+    model, images = network(Spy), pictures(2, (16, 16))
+    exact = occlusion_map(model, images, box=5, stride=4)
+    assert set(seen) == {torch.float32}
+    seen.clear()
     narrow = occlusion_map(model, images, exact.targets, box=5, stride=4, precision="bf16")
-    handle.remove()
     assert set(seen) == {torch.bfloat16}
     assert narrow.scores.dtype == torch.float32
     assert close(narrow.scores, exact.scores, 2e-2) and not torch.equal(narrow.scores, exact.scores)
@@ -629,10 +639,11 @@ def test_nothing_is_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_batches_keep_to_the_memory_they_were_given():
+def test_batches_of_forwards_keep_to_the_cache(monkeypatch):
     """batch_size=None looks at the largest map, so a wide network gets a smaller batch."""
+    monkeypatch.setattr("zfcore.occlusion.sweeps", lambda images: False)
     sizes = {}
-    for width in (8, 512):
+    for width in (8, 256):
         seen = []
         model = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
@@ -642,10 +653,11 @@ def test_batches_keep_to_the_memory_they_were_given():
             nn.Linear(width, 4),
         )
         model.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(len(inputs[0])))
-        occlusion_map(model, pictures(1, (48, 48)), box=8, stride=4)
+        with pytest.warns(UserWarning, match="plain forwards"):
+            occlusion_map(model, pictures(1, (48, 48)), box=8, stride=4)
         sizes[width] = max(seen)
     assert sizes[8] == 121  # all positions at once
-    assert sizes[512] * 512 * 48 * 48 * 4 * 2 <= 256 * 2**20 < (sizes[512] + 1) * (512 * 2 + 3) * 48 * 48 * 4
+    assert sizes[256] * 256 * 48 * 48 * 4 <= 20 * 2**20 < (sizes[256] + 1) * 256 * 48 * 48 * 4
 
 
 def test_strict_reads_the_network():

@@ -17,7 +17,7 @@ class Buffers:
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.spare: list[Tensor] = []
-        self.used: dict[int, Tensor] = {}  # by the id of their storage, which they keep alive
+        self.used: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by the id of the storage, kept alive by it
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """[B, C, h, w], channels last, or of any other rank; its contents undefined."""
@@ -29,15 +29,12 @@ class Buffers:
             memory = torch.empty(count, dtype=self.dtype, device=self.device)
             if self.device.type == "cpu" and native is not None:
                 native.advise_huge_pages(_boundary.address(memory), memory.nbytes)
-        self.used[id(memory.untyped_storage())] = memory
+        storage = memory.untyped_storage()
+        self.used[id(storage)] = storage, memory
         if len(shape) != 4:
             return memory[:count].view(shape)
         b, c, h, w = shape
         return memory[:count].view(b, h, w, c).permute(0, 3, 1, 2)
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        """Whether it lies in this memory, whole or a part of it."""
-        return id(tensor.untyped_storage()) in self.used
 
     def only(self, tensor: Tensor, others: Iterable[Tensor]) -> bool:
         """Whether it lies in this memory, and no other does there."""
@@ -46,8 +43,8 @@ class Buffers:
 
     def give_back(self, tensor: Tensor) -> None:
         """Nothing reads the memory that it lies in any more."""
-        self.spare.append(self.used.pop(id(tensor.untyped_storage())))
+        self.spare.append(self.used.pop(id(tensor.untyped_storage()))[1])
 
     def give_all_back(self) -> None:
-        self.spare += self.used.values()
+        self.spare += [memory for _, memory in self.used.values()]
         self.used.clear()

@@ -14,7 +14,7 @@ from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.engine.rules import Hidden, as_nodes, flush_torchscript, put_rules
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
-from zfcore.network import fixed_batch, kept, observing, Kept
+from zfcore.network import Kept, fixed_batch, kept, observing
 
 Result = TypeVar("Result")
 

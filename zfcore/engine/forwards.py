@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zfcore.call import fitting
+from zfcore.engine.costs import MOST_VALUES, VALUE_BYTES
 from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Parts
-from zfcore.network import fixed_batch, Kept
+from zfcore.network import Kept, fixed_batch
 
-SCRATCH_BYTES = 256 * 2**20  # what batch_size=None lets one batch's pixels and feature maps take
+# What batch_size=None lets one batch's pixels and feature maps take on a GPU.
+SCRATCH_BYTES = 256 * 2**20
+# On a CPU a batch's largest map is to stay in the cache, and under the 32 MB from which on malloc takes fresh pages for
+# every result, all of which have to be cleared. But the parameters are read by each batch, and this share of their bytes
+# is as much as that may be: large full layers want more rows.
+PARAMETERS = 16
+UNSEEN = 8  # where results cannot be seen, how many times larger than the picture the largest is taken to be
 
 
 class Forwards:
@@ -67,24 +74,38 @@ class Forwards:
         if not len(group) and len(self.images):
             return
         # Indexed, so copies: a network may write to its input.
-        with LargestResult() as largest, self.held.watching():
-            first = self.look(self.images[group[:1]], group[:1], True)
-        self.fit(largest)
+        with self.held.watching():
+            first = self.fitted(group[:1], True)
         yield group[:1], first
         for owners in group[1:].split(self.batch_size):
             if len(owners):
                 yield owners, self.look(self.images[owners], owners, True)
 
-    def fit(self, largest: LargestResult) -> None:
-        if self.batch_size is None:
-            self.batch_size = largest.batch_size(self.images)
+    def fitted(self, owners: Tensor, clean: bool) -> Parts:
+        """One image's parts; how many rows a batch has follows from what is seen of that forward, where nobody said."""
+        rows = self.images[owners]
+        if not len(owners):
+            self.batch_size = self.batch_size or 1
+        if self.batch_size is not None:
+            return self.look(rows, owners, clean)
+        if is_compiled(self.model):  # a mode would be compiled into it
+            parts, largest = self.look(rows, owners, clean), UNSEEN * rows.nbytes
+        else:
+            with LargestResult() as seen:
+                parts = self.look(rows, owners, clean)
+            largest = max(seen.bytes, rows.nbytes)
+        if self.images.device.type == "cpu":
+            parameters = sum(p.nbytes for p in self.model.parameters()) // PARAMETERS
+            room = max(VALUE_BYTES["cpu"], parameters)
+            self.batch_size = max(1, min(MOST_VALUES["cpu"], room // largest))
+        else:  # a row is its pixels and an operation's input and output
+            self.batch_size = max(1, SCRATCH_BYTES // (rows.nbytes + 2 * largest))
+        return parts
 
     def measure(self, index: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         """Positions [k], image * Gy * Gx + position, batch by batch."""
         if len(index) and self.batch_size is None:
-            with LargestResult() as largest:
-                self.look(self.images[index[:1] // len(self.grid)], index[:1] // len(self.grid), False)
-            self.fit(largest)
+            self.fitted(index[:1] // len(self.grid), False)
         done = 0
         for rows in occluded_batches(self.images, self.fill, self.grid, index.tolist(), self.batch_size):
             own = index[done : done + len(rows)]
@@ -133,13 +154,16 @@ class LargestResult(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not torch.compiler.is_compiling():
             self.bytes = max(self.bytes, result.nbytes)
         return result
 
-    def batch_size(self, images: Tensor) -> int:
-        """How many rows fit the scratch: a row is its pixels and an operation's input and output."""
-        return max(1, SCRATCH_BYTES // (images[:1].nbytes + 2 * self.bytes or 1))
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made it, or a part of it."""
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()
+    )
 
 
 def _format(images: Tensor) -> torch.memory_format:

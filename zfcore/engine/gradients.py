@@ -52,7 +52,8 @@ class Gradient:
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[Tensor]):
         self.run, self.inputs = run, inputs
-        self.small = sum(x[0].numel() for x in inputs) < SMALL
+        # On a GPU every call is launches, whatever is in it.
+        self.together = inputs[0].device.type != "cpu" or sum(x[0].numel() for x in inputs) < SMALL
         self.image, self.leaves, self.value = -1, [], None
 
     def down(
@@ -62,7 +63,7 @@ class Gradient:
 
         image: [B], of each seed; runs: the same, as the rows of each image in turn. take: makes memory of a shape.
         """
-        if self.small:
+        if self.together:
             return _vjp(self.run, [x[image] for x in self.inputs], signal)
         self.move_to(runs[0][0])
         if all(self.value.untyped_storage() is x.untyped_storage() for x in self.leaves):  # views of all are free

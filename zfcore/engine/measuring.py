@@ -18,7 +18,7 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
-from zfcore.network import fixed_batch, kept, resolve_layer, Network, Stage
+from zfcore.network import Network, Stage, fixed_batch, kept, resolve_layer
 
 # By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
 # those that change no value.

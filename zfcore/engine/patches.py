@@ -145,7 +145,7 @@ class Engine:
     def image_batches(self) -> Iterator[tuple[int, int]]:
         item = torch.finfo(self.job.dtype).bits // 8
         largest = max(torch.Size(stage.shape).numel() for stage in self.network.stages)
-        step = max(1, min(64, FORWARD_BYTES // (4 * largest * item)))
+        step = max(1, min(64, FORWARD_BYTES // ((4 * largest + sum(map(_kept, self.network.stages))) * item)))
         for begin in range(0, len(self.job.images), step):
             yield begin, min(begin + step, len(self.job.images))
 
@@ -220,7 +220,7 @@ class Engine:
         return max(1, min(4096, scratch_bytes(self.job.device) // (3 * max(sizes) * item)))
 
     def seeds_together(self, stage: Stage) -> int:
-        """How many seeds are taken down from here together. Filters serve many small maps; large ones leave the cache."""
+        """How many seeds go down from here together: filters serve many small maps, but large ones leave the cache."""
         if self.job.device.type != "cpu":
             return len(self.job.images) * len(self.job.units)
         item = torch.finfo(self.job.dtype).bits // 8
@@ -623,6 +623,15 @@ def _is_plain(tensor: Tensor) -> bool:
 def _channels_last(maps: Tensor) -> Tensor:
     """As signals lie in memory."""
     return maps.contiguous(memory_format=torch.channels_last) if maps.dim() == 4 else maps
+
+
+def _kept(stage: Stage) -> int:
+    """How many numbers of an image its way down needs."""
+    if stage.kind == "pointwise":
+        return torch.Size(stage.shape).numel()
+    if stage.kind == "product" or (stage.kind == "map" and not is_linear(stage)):
+        return sum(torch.Size(source.shape).numel() for source in stage.inputs)
+    return 0
 
 
 def _is_spread(source: Stage, reader: Stage) -> bool:

@@ -45,13 +45,10 @@ class Field(NamedTuple):
 
     def above(self, window: Window) -> Field:
         """The field of one more layer, in the map that this field is about."""
-        size, jump, offset = [], [], []
-        for axis in (0, 1):
-            k, s, p, d = (value[axis] for value in window)
-            size.append(self.size[axis] + d * (k - 1) * self.jump[axis])
-            jump.append(self.jump[axis] * s)
-            offset.append(self.offset[axis] - p * self.jump[axis])
-        return Field(tuple(size), tuple(jump), tuple(offset))
+        (ky, kx), (sy, sx), (py, px), (dy, dx) = window
+        (jy, jx), (y, x) = self.jump, self.offset
+        size = self.size[0] + dy * (ky - 1) * jy, self.size[1] + dx * (kx - 1) * jx
+        return Field(size, (jy * sy, jx * sx), (y - py * jy, x - px * jx))
 
     def union(self, other: Field) -> Field | None:
         """The smallest field that holds both; None where their jumps differ: no box holds both everywhere."""
@@ -69,7 +66,7 @@ def pair(value) -> Pair:
     """An int or a sequence of one or two, as rows and columns."""
     if isinstance(value, int):
         return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value
+    if len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return tuple(value)
     value = tuple(int(v) for v in value)
     return value * 2 if len(value) == 1 else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import random
 import threading
@@ -113,6 +114,18 @@ def _random_state() -> Callable[[], None]:
     return restore
 
 
+_GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
+
+
+def _state_of(generator: object) -> Callable[[], None]:
+    """What sets a generator of the model's own to where it is now."""
+    if isinstance(generator, numpy.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
+
+
 def _refill(container: dict | list | set | deque, before: dict | list | set) -> None:
     """Gives a container what it held, writing no more than it has to: other threads may read it."""
     if isinstance(container, set):
@@ -150,6 +163,7 @@ class Kept:
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: its bytes, and a copy of them
         self.storages: set[int] | None = None  # of the tensors; found when the first one is written
         self.seen: set[int] = set()
+        self.generators: dict[int, Callable[[], None]] = {}  # what puts each back
         for module in model.modules():
             self.keep_module(module)
         self.random = _random_state()
@@ -208,8 +222,14 @@ class Kept:
                 values.extend(value)
             elif isinstance(value, nn.Module):
                 self.keep_module(value)
+            elif isinstance(value, _GENERATORS):
+                self.keep_generator(value)
             elif kind is SimpleNamespace or package != "torch" and kind.__module__.partition(".")[0] == package:
                 values.append(getattr(value, "__dict__", None))  # an object of the model's own code
+
+    def keep_generator(self, generator: object) -> None:
+        if id(generator) not in self.generators:
+            self.generators[id(generator)] = _state_of(generator)
 
     def watching(self) -> contextlib.AbstractContextManager:
         """Runs operations so that the values of tensors that the model held are kept when they are written to."""
@@ -243,6 +263,8 @@ class Kept:
         for parameter, grad in self.grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
+        for put_back in self.generators.values():
+            put_back()
         with torch.inference_mode():  # which may write to tensors of either kind
             for whole, values in self.written.values():
                 whole.copy_(values)

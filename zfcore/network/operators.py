@@ -21,6 +21,18 @@ _LIKE = frozenset((
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_empty", "new_full", "new_empty_strided",
 ))  # fmt: skip
+# They return sizes, and what else is no value.
+_ASKING = frozenset((
+    "size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "dim",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed",
+))  # fmt: skip
+# Their shape is another tensor's.
+_SHAPED = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
+# They write to running statistics, which their schemas do not say, where this argument is true.
+_UPDATING = {
+    "batch_norm": "training", "native_batch_norm": "training", "cudnn_batch_norm": "training",
+    "_batch_norm_impl_index": "training", "instance_norm": "use_input_stats",
+}  # fmt: skip
 _BLANK = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"))
 # They return a view or a copy, as strides have it.
 _MAYBE_COPIES = frozenset(("reshape", "flatten", "contiguous", "reshape_as", "type_as", "to", "_to_copy"))
@@ -42,14 +54,16 @@ class Operator:
     """One overload: its name (`conv2d` for ATen's, with the namespace for another library's), and what it does."""
 
     __slots__ = (
-        "arguments", "blank", "function", "label", "like", "lists", "may_copy", "mutable", "name", "of_channels",
-        "random", "reading", "returning", "rule", "view", "written",
+        "arguments", "asking", "blank", "function", "label", "like", "lists", "may_copy", "mutable", "name", "of_channels",
+        "random", "reading", "returning", "rule", "shaped", "updating", "view", "written",
     )  # fmt: skip
 
     def __init__(self, function):
         schema = function._schema
         library, _, plain = schema.name.partition("::")
         self.function = function
+        if plain == "view" and function._overloadname == "dtype":
+            plain = "view.dtype"  # the same bits as other numbers, which is no view of a map
         self.name = name = plain if library == "aten" else schema.name
         self.label = f"torch.ops.{library}.{plain}"
         self.arguments = [
@@ -60,7 +74,9 @@ class Operator:
         self.view = bool(schema.returns) and schema.returns[0].alias_info is not None
         self.lists = len(schema.returns) == 1 and str(schema.returns[0].type).endswith("[]")
         self.random = torch.Tag.nondeterministic_seeded in function.tags
-        self.reading, self.like, self.blank = name in _READING, name in _LIKE, name in _BLANK
+        self.reading, self.asking = name in _READING, name in _ASKING
+        self.like, self.blank, self.shaped = name in _LIKE, name in _BLANK, name in _SHAPED
+        self.updating = _UPDATING.get(name)
         self.may_copy, self.returning, self.of_channels = name in _MAYBE_COPIES, name in _RETURNING, name in _OF_CHANNELS
         self.rule = aten.RULES.get(name)
 
@@ -131,7 +147,7 @@ def tensors_in(args: tuple | list) -> list[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
             found.append(a)
-        elif type(a) in (list, tuple):
+        elif type(a) in (list, tuple) and a and type(a[0]) is not int:  # else sizes, as most lists are
             found += tensors_in(a)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
 from zfcore.network.geometry import Field
-from zfcore.network.guard import Observer, observing
+from zfcore.network.guard import Observer, kept, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
-from zfcore.network.record import IMAGES, OTHER_IMAGES, Record, alike
+from zfcore.network.counting import IMAGES, MOST
+from zfcore.network.record import Record, alike
 from zfcore.network.stages import Stage
 from zfcore.network.values import Loose, Unread
 
@@ -92,17 +94,19 @@ def read_network(
     """
     name, call = resolve_layer(model, layer) if layer is not None else ("", None)
     record = _recorded(model, image_shape, example, gradient)
-    module = model.get_submodule(name)
+    module = dict(model.named_modules(remove_duplicate=False))[name]
     calls = record.calls.get(module, [])
     label = name if call is None else f"{name}@{call}"
     if record.failure is not None and (call is None or call >= len(calls)):
         _check_all_seen(record, module, calls, example if call is None else None)
+    if not calls and isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedOperation(f"{record.described(module)} is TorchScript, inside which calls cannot be seen")
     if not calls:
         raise LayerNotFound(f"layer={label!r}: expected a layer that the model calls on its way")
     if call is not None and call >= len(calls):
         raise LayerNotFound(f"layer={label!r}: the model calls {name!r} {len(calls)} times, from @0")
     found, rebuild = calls[-1 if call is None else call], None
-    if layer is None and isinstance(found, str):
+    if layer is None and isinstance(found, str) and found != "constant":
         found, rebuild = _joined(record)
     if isinstance(found, Unread):
         raise found.error
@@ -133,19 +137,33 @@ def _recorded(model: nn.Module, image_shape: tuple[int, int, int], example: Tens
         raise UnsupportedOperation(f"'{name}' ({type(hooked).__name__}) has hooks, which may change what it computes")
     place = (model, image_shape, parameter.dtype, parameter.device, gradient, example[:1] if hooked is not None else None)
     fixed = fixed_batch(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _own_precision(parameter.device):
         record = Record(*place, fixed or IMAGES)
         record.run()
-        if fixed is None and record.count_used and not isinstance(record.failure, ShapeError):
-            for images in OTHER_IMAGES if record.count_compared else OTHER_IMAGES[:1]:
-                other = Record(*place, images)
+        done: set[int] = set()
+        wanted = record.count.numbers() if fixed is None else set()
+        while wanted - done and not isinstance(record.failure, ShapeError):
+            images = min(wanted - done)
+            other = Record(*place, images)
+            if images <= MOST:
                 other.run()
-                if not alike(record.log, other.log, constants=images > 1):
-                    record.failure = UnsupportedOperation(
-                        f"{record.described(model)} computes what depends on the number of images"
-                    )
-                    record.calls = {}
+            same = (record.failure is None) == (other.failure is None)
+            if images > MOST or not (same and alike(record.log, other.log, single=images == 1)):
+                record.failure = UnsupportedOperation(
+                    f"{record.described(model)} computes what depends on the number of images"
+                )
+                record.calls = {}
+                break
+            record.others.append(other)
+            done.add(images)
+            wanted |= other.count.numbers() - {IMAGES}
     return record
+
+
+def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """The model's, whatever autocast surrounds the call."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _hooked(model: nn.Module) -> nn.Module | None:
@@ -165,10 +183,12 @@ def _check_all_seen(record: Record, module: nn.Module, calls: list[object], exam
     """Refuse a layer that may be called, for the first time or again, after the forward was lost."""
     if isinstance(record.failure, ShapeError) and calls and module is not record.model:
         return  # no forward goes on from there
-    if calls and example is not None and module is not record.model:
+    if calls and example is not None and len(example) and module is not record.model:
         outputs: list[object] = []
-        with observing(module, outputs.append), torch.no_grad():
-            record.model(example.clone())
+        with kept(record.model) as held, held.watching(), observing(module, outputs.append), torch.no_grad():
+            # Where the model itself fails, no forward goes on from there either.
+            with contextlib.suppress(Exception):
+                record.model(example.clone())
         if len(outputs) == len(calls):
             return
     raise record.failure
@@ -182,6 +202,11 @@ def _joined(record: Record) -> tuple[object, Callable[[Tensor], object] | None]:
     lost = next((v for v in values if isinstance(v, Unread)), None)
     if lost is not None:
         return lost, None
+    others = [pytree.tree_leaves(other.output) for other in record.others]
+    for constants in ([part for part, v in zip(each, values, strict=False) if v is None] for each in others):
+        ours = [part for part, v in zip(parts, values, strict=True) if v is None]
+        if not alike([("", tuple(ours), {})], [("", tuple(constants), {})]):
+            return record.unread("returns what depends on the number of images besides"), None
     stages = [v for v in values if v is not None]
     kind = type(record.output).__name__
     if not stages or not all(isinstance(v, Stage) for v in stages) or len(parts) == 1 and parts[0] is record.output:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,15 +23,13 @@ from torch.utils import checkpoint
 
 from zfcore.errors import ShapeError, UnsupportedOperation, ZfcoreError
 from zfcore.network import aten, whole
+from zfcore.network.counting import IMAGES, Count
 from zfcore.network.guard import kept, recording
 from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
 from zfcore.network.operators import Operator, operator, tensors_in, with_tensors, with_values
 from zfcore.network.stages import Stage
-from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced, stages_in
-
-IMAGES = 5  # how many the forward is recorded with; a rule says where they are, so any number above one would do
-OTHER_IMAGES = (3, 1)  # and how many where the model used their number, or compared it
+from zfcore.network.values import Alike, Loose, Picked, Unknown, Unread, Value, leaves, replaced
 
 
 class Stopped(Exception):
@@ -76,26 +75,26 @@ class Record:
         self.owners: dict[Stage, tuple[nn.Module, int]] = {}  # the innermost call of a module that returned it
         self.output: object = None
         self.failure: ZfcoreError | None = None
-        self.count = 0  # stages so far
+        self.others: list[Record] = []  # those with other numbers of images
+        self.stages = 0  # so far
         self.log: list[tuple] = []  # what was done, for comparison with a record of another number of images
-        self.count_used = False  # whether the model did more with the number of images than give sizes
-        self.count_compared = False  # with another number, so that one image may take another way
+        self.count = Count()  # what the model did with the number of images
         self.python = 0  # torch functions of Python's on their way
         self.inside = 0  # custom autograd functions on their way
         self.quiet = 0  # what is done with tensors now is the record's own doing
-        self.drawn = False  # whether random numbers were
+        self.entry = ""  # the method of nn.Module that leads here
 
     # -- the forward
 
     def run(self) -> None:
         with ExitStack() as stack:
-            keeping = stack.enter_context(kept(self.model))
+            self.keeping = stack.enter_context(kept(self.model))
             stack.callback(setattr, recording, "record", getattr(recording, "record", None))
             recording.record = self
             stack.enter_context(calls_followed(self))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(self.gradient))  # as when the stages run
             if self.example is not None:
-                stack.enter_context(keeping.watching())
+                stack.enter_context(self.keeping.watching())
             try:
                 # Below autograd, so that no graph is made and an operation is seen as the model called it.
                 with torch._C._AutoDispatchBelowAutograd(), Functions(self), Operations(self):
@@ -172,8 +171,10 @@ class Record:
         with self.unseen():
             if isinstance(out, Tensor):
                 value = self.value_of(out)
-                if value is None and module is not self.model:
-                    return  # a constant of the model, computed as it goes
+                if value is None:
+                    if module is not self.model:
+                        return  # a constant of the model, computed as it goes
+                    value = "constant"
                 if isinstance(value, Picked):
                     value = self.named(aten.as_stage(value), "index")
         calls = self.calls.setdefault(module, [])
@@ -188,7 +189,7 @@ class Record:
         if not self.gradient:
             return forward(*args, **kwargs)
         with self.unseen():
-            values = self.values(args), self.values(kwargs)
+            values = with_tensors(args, self.values), with_tensors(kwargs, self.values)
         self.inside += 1
         try:
             out = forward(*args, **kwargs)
@@ -199,15 +200,19 @@ class Record:
             return out
         with self.unseen():
             lost = next((v for v in given if isinstance(v, Unread)), None)
-            run = Loose(own.apply, *values, (), torch.bool, 0)
+            tensors = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
+            read = [v for t, v in zip(leaves((args, kwargs)), given, strict=True) if isinstance(t, Tensor)]
+            dirty = any(isinstance(v, Value) and self.value_of(t) is not v for t, v in zip(tensors, read, strict=True))
+            function = partial(_applied_to_copies, own) if dirty else own.apply
+            run = Loose(function, *values, (), torch.bool, 0)
             for which, t in enumerate(t for t in leaves(out) if isinstance(t, Tensor)):
                 followed = self.value_of(t)  # its own operations say that it treats each image by itself
                 if followed is None:
                     continue
                 if lost is None and not isinstance(followed, Unread):
-                    self.note(own.__name__, args, kwargs)
+                    self.note(own.__name__, *values)
                     place = (tuple(t.shape), t.dtype, *whole.axis_of(followed))
-                    one = Loose(own.apply, *values, *place) if isinstance(out, Tensor) else Loose(_part, (run, which), {}, *place)
+                    one = Loose(function, *values, *place) if isinstance(out, Tensor) else Loose(_part, (run, which), {}, *place)
                     followed = self.settled(one, own.__name__)
                 self.assign(t, lost or followed)
         return out
@@ -362,6 +367,8 @@ class Record:
 
     def held_constant(self, t: Tensor) -> Tensor:
         """A constant that becomes part of what is recorded."""
+        if type(t).__torch_function__ is not Tensor.__torch_function__ and type(t) is not nn.Parameter:
+            t = _plain(t)
         memory = self.memory(t)
         if memory is None:
             return t
@@ -374,6 +381,11 @@ class Record:
     def constant(self, op: Operator, args: tuple, kwargs: dict, tensors: list[Tensor]) -> object:
         """An operation on what is not computed from the images: it is done."""
         changed: list[Tensor] = []
+        if op.updating and op.bound(args, kwargs)[op.updating]:
+            self.stop("updates statistics of its own")
+        for given in (*args, *kwargs.values()) if op.random else ():
+            if isinstance(given, torch.Generator):
+                self.keeping.keep_generator(given)
         if op.mutable:
             given = op.bound(args, kwargs)
             changed = tensors_in([given[name] for name in op.written])
@@ -419,16 +431,25 @@ class Record:
             return self.constant(op, args, kwargs, tensors)
         if self.failure is not None:
             raise Stopped(str(self.failure))
+        if op.shaped and self.value_of(args[0]) is None:
+            self.count.use()
+            return self.constant(op, (args[0], _blank(args[1])), kwargs, [args[0]])
+        if op.updating and self.example is not None and op.bound(args, kwargs)[op.updating]:
+            self.stop("updates statistics of its own")
         if not self.python:
-            self.count_used = True  # not Python's doing: a script may have asked for the number of images
+            self.count.use()  # not Python's doing: what asked for the number of images is not seen
         if op.reading:
             self.stop(f"reads a value that is computed from the images ({op.label}): its control flow may depend on it")
-        if op.like:  # its values play no part
+        if op.asking:  # TorchScript's way to take a size
+            self.count.tell()
+            return function(*args, **kwargs)
+        if op.like:  # its values play no part, but it has as many images
+            self.count.use()
             args, kwargs = with_tensors(args, _blank), with_tensors(kwargs, _blank)
             return self.constant(op, args, kwargs, [])
         if op.mutable:
             return self.in_place(op, args, kwargs)
-        if self.gradient and (op.name == "detach" or not (torch.is_grad_enabled() or self.inside)):
+        if self.gradient and not self.inside and (op.name == "detach" or not torch.is_grad_enabled()):
             why = "detaches it" if op.name == "detach" else f"calls {op.label} under no_grad()"
             return self.not_read(op, args, kwargs, f"{why}, so that no gradient passes")
         if op.name == "squeeze" and self.squeezes_images(op, args, kwargs):
@@ -450,9 +471,9 @@ class Record:
     def computed(self, op: Operator, args: tuple, kwargs: dict) -> object:
         """New memory for an operation's results, and what they stand for."""
         values = self.values(args), self.values(kwargs) if kwargs else kwargs
-        lost = _unread_in(values)
+        lost = _unread_in(values[0]) or (_unread_in(tuple(values[1].values())) if kwargs else None)
         results = None
-        if lost is None and op.rule is not None and not op.of_channels and not self.widened(args):
+        if lost is None and op.rule is not None and not op.of_channels and self.usual(values[0]):
             stage = self.at_once(op, *values)
             if stage is not None:
                 results, shapes = [stage], [_Shape((self.images, *stage.shape), self.dtype)]
@@ -479,11 +500,13 @@ class Record:
 
     def values(self, given: object) -> object:
         """Arguments with what they stand for in place of tensors."""
-        if isinstance(given, dict):
-            return {key: self.values(part) for key, part in given.items()}
         kind = type(given)
+        if kind is list and given and type(given[0]) is int:
+            return given  # sizes, as most lists are
         if kind is tuple or kind is list:
             return kind([self.values(part) if isinstance(part, _HOLDING) else part for part in given])
+        if kind is dict:
+            return {key: self.values(part) for key, part in given.items()}
         if not isinstance(given, Tensor):
             return given
         found = self.value_of(given)
@@ -503,7 +526,21 @@ class Record:
             made = op.function(*with_tensors(args, _meta), **kwargs)
         except NotImplementedError as error:
             self.stop(f"calls {op.label}, which is not an operation that the engines read", error)
-        return [t for t in leaves(made) if isinstance(t, Tensor)]
+        shapes = [t for t in leaves(made) if isinstance(t, Tensor)]
+        if not shapes:
+            self.stop(f"calls {op.label}, which is not an operation that the engines read")
+        return shapes
+
+    def usual(self, values: tuple) -> bool:
+        """Whether no constant may give the result another dtype than the model's, or has no memory of its own."""
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter:
+                if value.dtype != self.dtype or value.layout is not torch.strided:
+                    return False
+            elif kind is complex or (isinstance(value, Tensor) and not (value.dtype == self.dtype and _in_memory(value))):
+                return False
+        return True
 
     def at_once(self, op: Operator, args: tuple, kwargs: dict) -> Stage | None:
         """The stage of an operation whose shape follows from its rule alone."""
@@ -518,13 +555,6 @@ class Record:
         self.note(op.name, args, kwargs)
         return self.named(made, op.name)
 
-    def widened(self, args: tuple) -> bool:
-        """Whether a constant of another dtype makes a result of another dtype."""
-        own = self.dtype
-        return any(
-            isinstance(a, Tensor) and a.dtype != own and a.dim() and torch.promote_types(a.dtype, own) != own for a in args
-        )
-
     def values_of(self, op: Operator, args: tuple, kwargs: dict, shapes: list) -> list[Value | Unread]:
         """What an operation's results stand for; args and kwargs hold values in place of tensors."""
         refusal: Exception | None = None
@@ -533,7 +563,7 @@ class Record:
             picked = self.picked(op, given, shapes)
             if picked is not None:
                 return picked
-        if op.rule is not None and shapes[0].dtype == self.dtype:
+        if op.rule is not None and shapes[0].dtype == self.dtype and all(map(_in_memory, (*args, *kwargs.values()))):
             try:
                 made = op.rule(*args, **kwargs)
                 values = []
@@ -599,28 +629,33 @@ class Record:
         if not expression.plain or expression.dtype != self.dtype:
             return expression
         self.materialise(expression)
-        inputs, shape = stages_in(expression), expression.shape[1:]
+        (inputs, run), shape = expression.run(), expression.shape[1:]
         if expression.each is not None and len(inputs) == 1:
-            return self.named(aten.pointwise(inputs[0], expression.run(inputs)), name)
+            return self.named(aten.pointwise(inputs[0], run), name)
         if expression.function is torch.ops.aten.reshape.default and inputs == [expression.args[0]]:
             x = inputs[0]
             if x.shape == shape:
                 return x
             return self.named(aten.whole([x], lambda x: x.reshape(len(x), *shape), shape, flat=len(shape) == 1), name)
-        return self.named(aten.whole(inputs, expression.run(inputs), shape), name)
+        return self.named(aten.whole(inputs, run, shape), name)
 
     def materialise(self, expression: Loose) -> None:
         """Picked channels in an expression become the stages that they stand for."""
+        queue = [expression]
 
         def made(leaf):
             if isinstance(leaf, Picked):
                 return self.named(aten.as_stage(leaf), "index")
             if isinstance(leaf, Loose):
-                self.materialise(leaf)
+                queue.append(leaf)
             return leaf
 
-        expression.args = replaced(expression.args, made)
-        expression.kwargs = {key: replaced(part, made) for key, part in expression.kwargs.items()}
+        while queue:
+            part = queue.pop()
+            if not part.read:
+                part.read = True
+                part.args = replaced(part.args, made)
+                part.kwargs = {key: replaced(value, made) for key, value in part.kwargs.items()}
 
     def picked(self, op: Operator, given: dict, shapes: list) -> list[Value] | None:
         """Views that touch the axes between the images and the rows alone: channels in another order or number."""
@@ -649,15 +684,17 @@ class Record:
                 return args[0]
             self.stop(f"calls {op.label}, which is not an operation that the engines read")
         target = given[op.written[0]]
+        if not isinstance(target, Tensor):
+            self.stop(f"calls {op.label}, which is not an operation that the engines read")
         value = self.unread(f"calls {op.label}, which is not an operation that the engines read")
         plain = op.functional()
         if self.gradient and not (torch.is_grad_enabled() or self.inside):
             value = self.unread(f"calls {op.label} under no_grad(), so that no gradient passes")
-        elif plain is not None and len(op.written) == 1 and isinstance(target, Tensor):
+        elif plain is not None and len(op.written) == 1:
             left = {k: self.values(v) for k, v in given.items() if k not in op.written or k == "self"}
             value = self.overwriting(op, plain, target, left)
         if self.example is not None:
-            op.function(*args, **kwargs)
+            op.function(*with_tensors(args, self.current), **with_tensors(kwargs, self.current))
         self.known(target).blank = False
         for name in op.written:
             for t in tensors_in([given[name]]):
@@ -769,8 +806,8 @@ class Record:
         if not stage.index and stage is not self.image:
             for source in stage.inputs:
                 self.named(source, label)
-            self.count += 1
-            stage.index = self.count
+            self.stages += 1
+            stage.index = self.stages
             stage.name = f"{self.paths.get(self.scopes[-1], '')}:{label}"
         return stage
 
@@ -780,6 +817,7 @@ class Record:
 
 
 _HOLDING = (Tensor, tuple, list)
+_SIZING = frozenset(("reshape", "expand"))  # the rules' names for what gives sizes, the number of images among them
 
 
 class _Unseen:
@@ -808,6 +846,18 @@ _REMAKING = frozenset((
 ))  # fmt: skip
 
 
+def _plain(t: Tensor) -> Tensor:
+    """A tensor without what its class does to torch functions, which is done by the time that an operation is seen."""
+    return t.as_subclass(Tensor) if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ else t
+
+
+def _in_memory(value: object) -> bool:
+    """False for a tensor that computes in a way of its own, of whose values kernels could not find the memory."""
+    return not isinstance(value, Tensor) or (
+        type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and value.layout is torch.strided
+    )
+
+
 def _meta(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
@@ -829,7 +879,7 @@ def _unread_in(given: tuple) -> Unread | None:
         kind = type(leaf)
         if kind is Unread:
             return leaf
-        if kind in (tuple, list):
+        if (kind is tuple or kind is list) and leaf and type(leaf[0]) is not int:
             found = _unread_in(leaf)
             if found is not None:
                 return found
@@ -859,6 +909,11 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+def _applied_to_copies(own: type, *args: object, **kwargs: object) -> object:
+    """A custom autograd function that works in place, on values that others may read."""
+    return own.apply(*with_tensors(args, Tensor.clone), **with_tensors(kwargs, Tensor.clone))
+
+
 def _part(parts: object, which: int) -> Tensor:
     return [p for p in leaves(parts) if isinstance(p, Tensor)][which]
 
@@ -876,18 +931,20 @@ def _written(base: Tensor, value: Tensor, steps: list) -> Tensor:
     return base
 
 
-def alike(one: list[tuple], other: list[tuple], constants: bool = True) -> bool:
-    """Whether two records did the same. constants: and with the same, whose axis of images one image does not show."""
+def alike(one: list[tuple], other: list[tuple], single: bool = False) -> bool:
+    """Whether two records did the same. single: one of them of one image, which does not show its axis."""
     if [entry[0] for entry in one] != [entry[0] for entry in other]:
         return False
-    if not constants:
-        return True
+    if single:
+        one, other = ([entry for entry in log if entry[0] not in _SIZING] for log in (one, other))
     here, there = list(leaves(replaced_values(one))), list(leaves(replaced_values(other)))
     if len(here) != len(there):
         return False
     for a, b in zip(here, there, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a is not b and not (a.shape == b.shape and torch.equal(a, b)):
+            if single:
+                a, b = a.flatten(), b.flatten()
+            if a is not b and not (a.shape == b.shape and whole.same(a, b)):
                 return False
         elif type(a) is not type(b) or (a != b and a == a):
             return False

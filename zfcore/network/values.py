@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,19 +58,33 @@ class Loose:
     factor: int = 1
     ahead: int = 1
     each: Stage | None = None
+    read: bool = False  # the channels that it picks are stages
 
     @property
     def plain(self) -> bool:
         """Whether the images come first, an entry each."""
         return self.axis == 0 and self.factor == 1 and self.ahead == 1 and len(self.shape) > 1
 
-    def run(self, stages: list[Stage]) -> Callable[..., Tensor]:
-        """The expression as a function of the stages' values."""
+    def run(self) -> tuple[list[Stage], Callable[..., Tensor]]:
+        """The stages that it reads, and the expression as a function of their values."""
+        stages, order = parts_of(self)
+        last: list[list[int]] = []  # what nothing reads after a part
+        seen = {id(self)}
+        for part in reversed(order):
+            read = {id(leaf) for leaf in leaves((part.args, part.kwargs)) if type(leaf) is Loose} - seen
+            seen |= read
+            last.append(list(read))
+        last.reverse()
 
         def run(*values: Tensor) -> Tensor:
-            return _Evaluation(stages, values).of(self)
+            evaluation = _Evaluation(stages, values)
+            for part, spent in zip(order, last, strict=True):
+                evaluation.add(part)
+                for each in spent:
+                    del evaluation.values[each]
+            return evaluation.of(self)
 
-        return run
+        return stages, run
 
 
 @dataclass(eq=False)
@@ -102,15 +117,14 @@ class _Evaluation:
         self.values: dict[int, object] = {id(stage): value for stage, value in zip(stages, values, strict=True)}
         self.images = len(values[0])
 
+    def add(self, expression: Loose) -> None:
+        """Computes one whose parts are."""
+        named = {key: self.of(part) for key, part in expression.kwargs.items()}
+        self.values[id(expression)] = expression.function(*map(self.of, expression.args), **named)
+
     def of(self, leaf: object) -> object:
         kind = type(leaf)
-        if kind is Loose:
-            known = self.values.get(id(leaf))
-            if known is None:
-                known = leaf.function(*map(self.of, leaf.args), **{k: self.of(v) for k, v in leaf.kwargs.items()})
-                self.values[id(leaf)] = known
-            return known
-        if kind is Stage:
+        if kind is Loose or kind is Stage:
             return self.values[id(leaf)]
         if kind is Images:
             return self.images * leaf.times
@@ -127,23 +141,30 @@ def repeated(alike: Alike, images: int) -> Tensor:
     return part.unsqueeze(axis).expand(*part.shape[:axis], images, *part.shape[axis:]).flatten(axis, axis + 1)
 
 
-def stages_in(leaf: object) -> list[Stage]:
-    """The stages that an expression reads, each once, in the order it names them."""
-    found: list[Stage] = []
+def parts_of(expression: Loose) -> tuple[list[Stage], list[Loose]]:
+    """What an expression reads, each once: the stages in the order it names them, and expressions after their parts.
+
+    Not by recursion: a network whose images never come first is one expression, thousands deep.
+    """
+    stages: list[Stage] = []
+    order: list[Loose] = []
     seen: set[int] = set()
-    queue = [leaf]
+    queue: list[object] = [expression]
     while queue:
         part = queue.pop()
         kind = type(part)
         if kind in (list, tuple):
             queue.extend(reversed(part))
+        elif kind is partial:
+            part()
         elif kind in (Stage, Loose) and id(part) not in seen:
             seen.add(id(part))
             if kind is Stage:
-                found.append(part)
+                stages.append(part)
             else:
+                queue.append(partial(order.append, part))  # once all that follows is done
                 queue.extend(reversed((*part.args, *part.kwargs.values())))
-    return found
+    return stages, order
 
 
 def leaves(value: object) -> Iterator[object]:
