@@ -414,6 +414,51 @@ def test_work_in_place_on_one_of_several_views(split):
     close(p.pixels, project(model, images, "c2", [1, 2], p.positions)[0], torch.float32)
 
 
+def test_a_buffer_that_is_written_to_after_its_use():
+    """Its gradient is by what it was, in autograd's graph too."""
+
+    class Decays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+            self.register_buffer("gate", torch.linspace(0.5, 2, 4).view(1, 4, 1, 1))
+
+        def forward(self, x):
+            y = self.conv(x) * self.gate
+            self.gate.mul_(0)
+            return self.last(y.sin() + (0 if y.mean() > 100 else 1))
+
+    model = Decays().eval()
+    images = torch.randn(2, 3, 12, 12)
+    at = torch.tensor([[[3, 4]], [[2, 0]]])
+    p = zfcore.deconv_project(model, images, "last", 1, positions=at, rule="gradient")
+    assert p.path == "dense" and model.gate.flatten()[0] == 0.5
+    leaf, gate = images.clone().requires_grad_(), model.gate
+    out = model.last((model.conv(leaf) * gate).sin() + 1)[range(2), 1, at[:, 0, 0], at[:, 0, 1]]
+    (wanted,) = torch.autograd.grad(out.square().sum() / 2, leaf)
+    torch.testing.assert_close(p.pixels[:, 0], wanted)
+
+
+def test_a_part_of_a_map_whose_whole_is_written_to_later():
+    class Splits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Softshrink(0.1)
+
+        def forward(self, x):
+            x = x * 1
+            a, b = x.split([2, 1], 1)
+            y = self.act(b if b.mean() < 100 else a)
+            x[:, 2:] = 0.5
+            return y
+
+    images = torch.randn(2, 3, 6, 6)
+    p = zfcore.deconv_project(Splits().eval(), images, "act", 0, positions=torch.ones(2, 1, 2).long(), rule="gradient")
+    wanted = torch.zeros_like(images)
+    wanted[:, 2, 1, 1] = F.softshrink(images[:, 2, 1, 1], 0.1)
+    torch.testing.assert_close(p.pixels[:, 0], wanted)
+
+
 def test_work_in_place_on_the_rows_of_a_batch():
     def in_place(x):
         for row in x:

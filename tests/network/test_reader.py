@@ -889,6 +889,22 @@ def test_writes_to_parts_have_a_gradient(parts):
     torch.testing.assert_close(found, wanted)
 
 
+def test_constants_written_over_a_map():
+    """They leave no gradient, and no operation that has none."""
+
+    def function(m, x):
+        x[:, 1:] = torch.arange(24.0)
+        return x * 2
+
+    reads(function)
+    model = Code(lambda m, x: x.copy_(torch.ones(4, 1, 1)) * 2).eval()
+    images = torch.randn(2, *SHAPE, requires_grad=True)
+    out = run(read_network(model, SHAPE, gradient=True), images)
+    assert torch.equal(out, torch.full((2, 4, 20, 24), 2.0))
+    (slope,) = torch.autograd.grad(out.sum(), images)
+    assert not slope.any()
+
+
 def test_slopes_laid_over_a_map():
     reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.linspace(0, 1, 4).view(1, 4, 1, 1)), "pointwise")
     reads(lambda m, x: torch.ops.aten._prelu_kernel(x, torch.full((5, 4, 1, 1), 0.5)[:1]), "pointwise")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zfcore.call import fitting, observable, writable
 from zfcore.engine.job import Job, scratch_bytes
@@ -69,7 +69,7 @@ class Dense:
             self.flushed = True
         elif "modified by an inplace operation" in words and not self.overwritten:
             self.overwritten = True
-        elif "is a view and is being modified inplace" in words and not self.apart:
+        elif "is a view and " in words and "modified inplace" in words and not self.apart:
             self.apart = True
         else:
             return False
@@ -123,7 +123,7 @@ class Dense:
         """Keeps copies of what autograd saves, for models that work in place on what their gradient needs."""
         if not self.overwritten:
             return contextlib.nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.is_leaf else x.clone(), lambda x: x)
+        return torch.autograd.graph.saved_tensors_hooks(_copied, lambda x: x)
 
     def run(self, begin: int, end: int, pixels: Tensor | None) -> Iterator[dict[str, Tensor]]:
         step = len(self.job.units) if end - begin > 1 else self.seeds_at_once()
@@ -174,3 +174,8 @@ class Dense:
             "images": (rows + begin).repeat_interleave(u),
             "units": job.here(ids).repeat(n),
         }
+
+
+def _copied(x: Tensor) -> Tensor:
+    """What autograd saves: a model may write to its buffers too, which are leaves as its parameters are."""
+    return x if isinstance(x, nn.Parameter) else x.clone()
