@@ -897,12 +897,13 @@ def test_constants_written_over_a_map():
         return x * 2
 
     reads(function)
-    model = Code(lambda m, x: x.copy_(torch.ones(4, 1, 1)) * 2).eval()
-    images = torch.randn(2, *SHAPE, requires_grad=True)
-    out = run(read_network(model, SHAPE, gradient=True), images)
-    assert torch.equal(out, torch.full((2, 4, 20, 24), 2.0))
-    (slope,) = torch.autograd.grad(out.sum(), images)
-    assert not slope.any()
+    for constant in (torch.ones(4, 1, 1), 1):
+        model = Code(lambda m, x, constant=constant: x.copy_(constant) * 2).eval()
+        images = torch.randn(2, *SHAPE, requires_grad=True)
+        out = run(read_network(model, SHAPE, gradient=True), images)
+        assert torch.equal(out, torch.full((2, 4, 20, 24), 2.0))
+        (slope,) = torch.autograd.grad(out.sum(), images)
+        assert not slope.any()
 
 
 def test_slopes_laid_over_a_map():

@@ -731,10 +731,11 @@ class Record:
                     return source
                 expand = operator(torch.ops.aten.expand.default)
                 return self.values_of(expand, (source, list(target.shape)), {}, shapes)[0]
-            if isinstance(source, Tensor) and isinstance(given["self"], Value):  # aten.copy has no derivative
+            if isinstance(given["self"], Value):  # a constant, or a number; aten.copy has no derivative
                 never = torch.zeros((), dtype=torch.bool, device=self.device)
+                source = torch.as_tensor(source, dtype=target.dtype, device=self.device)
                 where = operator(torch.ops.aten.where.self)
-                return self.values_of(where, (never, given["self"], source.to(target.dtype)), {}, shapes)[0]
+                return self.values_of(where, (never, given["self"], source), {}, shapes)[0]
         lost = _unread_in(tuple(given.values()))
         if lost is not None:
             return lost
