@@ -300,6 +300,11 @@ def _sweep(
     try:
         network = read_network(model, tuple(images.shape[1:]), None, images[:1])
         feature = None if totals is None else totals.stage(network)
+        jump = next((stage for stage in network.stages if "jumps" in stage.options), None)
+        if jump is not None:
+            raise UnsupportedOperation(
+                f"{jump.name!r} goes by {jump.options['jumps']}, which the rounding of a change may tip over"
+            )
         if not sweeps(images):
             raise UnsupportedOperation(f"the engine has no kernels for {images.dtype} on {device.type}")
         precision = precision if pays(precision, device) else "exact"

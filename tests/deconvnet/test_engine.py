@@ -193,3 +193,15 @@ def test_a_function_of_each_value_without_a_gradient():
     assert torch.equal(value, z.sign()) and not slope.any()
     value, slope = gradients.derivative(torch.ones_like, z)
     assert torch.equal(value, torch.ones_like(z)) and not slope.any()
+
+
+@pytest.mark.parametrize("rule", ("deconvnet", "guided", "gradient"))
+def test_the_rectifier_inside_a_power_pool_rectifies_nothing(rule):
+    """Its input is an absolute value; and it keeps what is no number from where the pool's root has no slope."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.LPPool2d(2, 2), nn.Conv2d(8, 6, 3)).eval()
+    images = torch.randn(2, 3, 20, 20)
+    p = zfcore.deconv_project(model, images, "3", [0, 3], rule=rule, strict=True)
+    wanted = project(model, images, "3", [0, 3], p.positions, rule=rule)[0]
+    assert wanted.isfinite().all()
+    close(p.pixels, wanted, torch.float32)

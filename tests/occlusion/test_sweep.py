@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from occluded_networks import (
     NETWORKS,
     SIZE,
@@ -440,6 +441,53 @@ def test_strict_refuses_a_network_that_cannot_be_read(runs):
         with pytest.raises(UnsupportedOperation, match="fft"):
             occlusion_map(model, pictures(1), box=9, stride=7, strict=True)
     assert model.training and not runs
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), "max_pool2d_with_indices"),
+        (lambda x: x.round(), "round"),
+        (lambda x: x * (x > 0.1).float(), "goes by gt"),
+        (lambda x: torch.where(x > 0, x, -1.0), "a condition"),
+        (lambda x: x * F.one_hot(x.argmax(1), 8).movedim(3, 1), "argmax|one_hot"),
+    ],
+)
+def test_what_rounding_may_tip_over_is_measured_by_forwards(code, name, engine):
+    """A constant box gives ties, which a sum of a clean value and a change breaks this way or that."""
+
+    class Jumps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.full = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 6, 3), nn.Linear(6, 7)
+
+        def forward(self, x):
+            return self.full(self.b(code(self.a(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Jumps().eval(), pictures(2, (16, 16))
+    with pytest.warns(UserWarning, match=name):
+        o = occlusion_map(model, images, 1, box=6, stride=3, score="logit")
+    assert not engine and o.path == "forwards"
+    assert close(o.scores, by_forwards(model, images, 6, 3)[..., 1])
+
+
+def test_conditions_whose_sides_meet_do_not_jump(engine):
+    class Meets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.full = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 7)
+
+        def forward(self, x):
+            x = self.a(x)
+            x = torch.where(x > 0, x, 0.0)
+            x[x > 1] = 1.0
+            return self.full(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Meets().eval(), pictures(2)
+    o = occlusion_map(model, images, 1, box=6, stride=3, score="logit", strict=True)
+    assert engine and close(o.scores, by_forwards(model, images, 6, 3)[..., 1])
 
 
 def test_a_feature_on_a_way_that_does_not_lead_to_the_output(engine):

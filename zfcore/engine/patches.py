@@ -28,6 +28,7 @@ from zfcore.reference._params import StepParams
 from zfcore.reference.deconv_step import cut, inside
 
 TOGETHER_BYTES = 8 * 2**20  # the signals of a stage, of as many seeds as go on from it together
+FLAT = frozenset(("sign", "sgn", "floor", "ceil", "round", "trunc"))  # functions that no gradient passes
 FORWARD_BYTES = 256 * 2**20  # likewise the maps of one batch of images on the way up
 
 
@@ -126,7 +127,7 @@ class Engine:
                 return None if pool and _is_depthwise(stage) else _Chain(stage, pool, relu, tuple(scales))
             if stage.kind == "max_pool" and stage is top:
                 pool = stage
-            elif stage.kind == "relu" and not relu and not scales and not stage.options["rectifier"].slope:
+            elif stage.kind == "relu" and not relu and not scales and stage.options["rectifier"].by_rule_alone:
                 relu = stage
             elif stage.kind in ("batch_norm", "scale"):
                 scales.append(stage)
@@ -139,6 +140,10 @@ class Engine:
         if field is None or reader.kind == "map" or _is_spread(source, reader):
             return None
         return field.through(reader.window) if reader.window is not None else field
+
+    def rule_of(self, relu: Stage) -> str:
+        """What a rectifier does to the signal; to one that has nothing to rectify the rules do not apply."""
+        return "gradient" if relu.options["rectifier"].idle else self.job.rule
 
     # -- the way up
 
@@ -169,7 +174,7 @@ class Engine:
                 kept[stage] = list(map(_channels_last, inputs))
             elif stage.kind == "map" and not is_linear(stage):
                 kept[stage] = Gradient(stage.run, inputs)
-            elif stage.kind == "relu" and self.job.rule != "deconvnet":
+            elif stage.kind == "relu" and self.rule_of(stage) != "deconvnet":
                 kept[stage] = _channels_last(stage.options["rectifier"].derivative(inputs[0]))
             elif stage.kind == "avg_pool" and callable(stage.options["share"]):
                 kept[stage] = stage.options["share"](inputs[0])
@@ -443,11 +448,14 @@ class Engine:
         if stage.kind == "max_pool":
             signal = self.unpool(stage, signal, seeds, kept)
         elif stage.kind == "relu":
-            if job.rule != "gradient":
+            rule = self.rule_of(stage)
+            if rule != "gradient":
                 slope, signal = stage.options["rectifier"].slope, self.copied(signal, signals)
                 signal = F.leaky_relu_(signal, slope) if slope else signal.relu_()
-            if job.rule != "deconvnet":
+            if rule != "deconvnet":
                 signal = self.scaled(signal, self.own(kept[stage], field, seeds), signals)
+        elif stage.kind == "pointwise" and stage.options.get("jumps") in FLAT:
+            signal = torch.zeros_like(signal)  # as autograd has it, also of what is no number
         elif stage.kind == "pointwise":
             signal = self.scaled(signal, self.own(kept[stage], field, seeds), signals)
         elif stage.kind == "channels":

@@ -17,7 +17,7 @@ from zfcore import ops
 from zfcore.errors import ShapeError
 from zfcore.network.geometry import Window, pair
 from zfcore.network.stages import Rectifier, Stage
-from zfcore.network.values import Loose, Picked, Unknown, Unread
+from zfcore.network.values import JUMPING, Loose, Picked, Unknown, Unread
 
 MAX_TAPS = 255  # a switch is one byte
 
@@ -141,9 +141,8 @@ def _rectified(input, rectifier: Rectifier) -> Stage:
 
 def relu(self) -> Stage:
     x = stage_of(self)
-    if (x.options.get("native") or ("",))[0] == "abs":  # inside torch's own `lp_pool2d`, where there is nothing to rectify
-        return x
-    return _rectified(x, Rectifier(F.relu))
+    absolute = (x.options.get("native") or ("",))[0] == "abs"
+    return _rectified(x, Rectifier(F.relu, idle=absolute))
 
 
 def relu6(self) -> Stage:
@@ -219,7 +218,10 @@ def _each(name: str, native: Callable[..., tuple[str, float, float] | None] = la
     def operation(self, *args, **kwargs) -> Stage:
         if _read(*args, *kwargs.values()) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             raise Unknown
-        return pointwise(self, lambda x: function(x, *args, **kwargs), native(*args, *kwargs.values()))
+        stage = pointwise(self, lambda x: function(x, *args, **kwargs), native(*args, *kwargs.values()))
+        if name in JUMPING:
+            stage.options["jumps"] = name
+        return stage
 
     return operation
 

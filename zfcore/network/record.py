@@ -36,6 +36,7 @@ from zfcore.network.values import (
     Unknown,
     Unread,
     Value,
+    jump_of,
     leaves,
     replaced,
 )
@@ -220,7 +221,7 @@ class Record:
             read = [v for t, v in zip(leaves((args, kwargs)), given, strict=True) if isinstance(t, Tensor)]
             dirty = any(isinstance(v, Value) and self.value_of(t) is not v for t, v in zip(tensors, read, strict=True))
             function = partial(_applied_to_copies, own) if dirty else own.apply
-            run = Loose(function, *values, (), torch.bool, 0)
+            run = Loose(function, *values, (), self.dtype, 0)
             for which, t in enumerate(t for t in leaves(out) if isinstance(t, Tensor)):
                 followed = self.value_of(t)  # its own operations say that it treats each image by itself
                 if followed is None:
@@ -620,7 +621,7 @@ class Record:
             op = operator(getattr(torch.ops.aten, call.name).default)
         self.note(call.name, call.given, {})
         positional, named = op.unbound(call.given)
-        run = Loose(op.function, positional, named, (), torch.bool, 0) if len(shapes) > 1 or op.lists else None
+        run = Loose(op.function, positional, named, (), self.dtype, 0) if len(shapes) > 1 or op.lists else None
         values = []
         for which, shape in enumerate(shapes):
             length = shape.shape[own.axis] if own.axis < shape.dim() else -1
@@ -647,14 +648,19 @@ class Record:
             return expression
         self.materialise(expression)
         (inputs, run), shape = expression.run(), expression.shape[1:]
+        jumps = jump_of(expression, run)
         if expression.each is not None and len(inputs) == 1:
-            return self.named(aten.pointwise(inputs[0], run), name)
-        if expression.function is torch.ops.aten.reshape.default and inputs == [expression.args[0]]:
+            stage = aten.pointwise(inputs[0], run)
+        elif expression.function is torch.ops.aten.reshape.default and inputs == [expression.args[0]]:
             x = inputs[0]
             if x.shape == shape:
                 return x
-            return self.named(aten.whole([x], lambda x: x.reshape(len(x), *shape), shape, flat=len(shape) == 1), name)
-        return self.named(aten.whole(inputs, run, shape), name)
+            stage = aten.whole([x], lambda x: x.reshape(len(x), *shape), shape, flat=len(shape) == 1)
+        else:
+            stage = aten.whole(inputs, run, shape)
+        if jumps is not None:
+            stage.options["jumps"] = jumps
+        return self.named(stage, name)
 
     def materialise(self, expression: Loose) -> None:
         """Picked channels in an expression become the stages that they stand for."""

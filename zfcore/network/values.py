@@ -186,3 +186,43 @@ def replaced(value: object, by: Callable[[object], object]) -> object:
     if isinstance(value, tuple):
         return tuple(replaced(part, by) for part in value)
     return by(value)
+
+
+# ---- Jumps -------------------------------------------------------------------------------------------------
+
+# They give another result, by far, where a value differs by its rounding.
+JUMPING = frozenset((
+    "floor_divide", "remainder", "fmod", "sign", "sgn", "floor", "ceil", "round", "trunc", "frac", "heaviside", "hardshrink",
+))  # fmt: skip
+_COMPARING = frozenset(("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal"))
+
+
+def _name_of(part: Loose) -> str:
+    """Of the ATen operation that an expression is, or is a result of."""
+    if not hasattr(part.function, "_schema") and part.args and isinstance(part.args[0], Loose):
+        part = part.args[0]
+    schema = getattr(part.function, "_schema", None)
+    return "" if schema is None else schema.name.partition("::")[2]
+
+
+def jump_of(expression: Loose, run: Callable[..., Tensor]) -> str | None:
+    """The operation by which an expression jumps: it picks places, or goes by a condition. None where none does.
+
+    A condition on the value itself, as in `where(x > 0, x, 0)`, is none if both of its sides meet there.
+    """
+    edges: list[float] = []
+    for part in parts_of(expression)[1]:
+        name = _name_of(part)
+        if name in JUMPING:
+            return name
+        if part.dtype.is_floating_point or part.dtype.is_complex:
+            continue
+        if not (name in _COMPARING and expression.each is part.args[0] and isinstance(part.args[1], int | float)):
+            return name or "an operation on indices"
+        edges.append(float(part.args[1]))
+    for edge in edges:
+        around = torch.tensor([edge - 1e-9, edge, edge + 1e-9], dtype=torch.float64, device="cpu")
+        low, at, high = run(around).tolist()
+        if not max(abs(low - at), abs(high - at)) <= 1e-6 * (1 + abs(at)):
+            return "a condition"
+    return None
