@@ -11,6 +11,7 @@ import pytest
 import torch
 from deconvnet_networks import NETWORKS, make
 from deconvnet_oracle import project
+from test_projection import close
 from torch import nn
 
 import zfcore
