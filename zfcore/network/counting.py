@@ -78,10 +78,27 @@ def _telling(name: str) -> Callable:
     return operation
 
 
+def _dividing(name: str) -> Callable:
+    plain = getattr(int, name)
+
+    def operation(self, other):
+        # What goes in without a rest, as the number of windows into that of all images' windows, does so for any number
+        # of images, or leaves a rest with another one.
+        if isinstance(other, int) and other and not int.__mod__(self, other):
+            _noted().use()
+            return BatchSize(plain(self, other))
+        _noted().tell(other)
+        return plain(self, other)
+
+    return operation
+
+
+for _name in ("floordiv", "mod"):
+    setattr(BatchSize, f"__{_name}__", _dividing(f"__{_name}__"))
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "neg"):
     setattr(BatchSize, f"__{_name}__", _counting(f"__{_name}__"))
 for _name in (
-    "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "float", "int", "index", "bool", "lt",
+    "truediv", "rtruediv", "rfloordiv", "rmod", "pow", "rpow", "float", "int", "index", "bool", "lt",
     "le", "gt", "ge", "eq", "ne", "round", "abs", "str", "repr", "format", "divmod", "rdivmod", "and", "rand", "or", "ror",
     "xor", "rxor", "lshift", "rlshift", "rshift", "rrshift", "hash", "trunc", "ceil", "floor", "invert", "pos",
 ):  # fmt: skip

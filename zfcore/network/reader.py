@@ -185,6 +185,7 @@ def _recorded(
         while wanted - done and not isinstance(record.failure, ShapeError):
             images = min(wanted - done)
             other = Record(*place, images, until)
+            other.guide = record.choices if images == 1 else None
             if images <= MOST:
                 other.run()
             same = (record.failure is None) == (other.failure is None)

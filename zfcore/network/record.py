@@ -80,6 +80,8 @@ class Record:
         self.image = Stage("input", shape=tuple(image_shape), name="image")
         self.example, self.until = example, until
         self.reached = False  # the call that was asked for
+        self.choices: list[whole.Axis] = []  # where the images were found among other axes, one after the other
+        self.guide: list[whole.Axis] | None = None  # those of a record of more images
         self.memories: dict[int, Memory] = {}
         self.paths = {module: name for name, module in model.named_modules()}
         self.scopes: list[nn.Module] = [model]
@@ -615,7 +617,7 @@ class Record:
         if rule is None:
             raise Unknown
         call = whole.Call(op.name, dict(given), self.images)
-        call.results = shapes
+        call.results, call.choose = shapes, self.choose
         own = rule(call)
         if call.name != op.name:
             op = operator(getattr(torch.ops.aten, call.name).default)
@@ -634,6 +636,16 @@ class Record:
                 expression = Loose(op.function, positional, named, *place, _each_of(rule, call))
             values.append(self.settled(expression, call.name))
         return values
+
+    def choose(self, places: list[whole.Axis]) -> whole.Axis:
+        """Which of several axes the images are on. Of one image it may be any; then it is the one that it was of more."""
+        if self.guide is None or len(self.choices) >= len(self.guide):
+            found = places[0]
+        else:
+            found = self.guide[len(self.choices)]
+            found = found if found in places else places[0]
+        self.choices.append(found)
+        return found
 
     def other_result(self, op: Operator, given: dict, shapes: list, which: int, why: str) -> Value | Unread:
         """One of several results, of which another is a stage."""
@@ -748,6 +760,10 @@ class Record:
         if not any(isinstance(v, Value) for v in leaves(given)):
             return self.unread(f"calls {op.label} in a way that the engines do not read")
         positional, named = plain.unbound(dict(zip((name for name, _, _ in plain.arguments), given.values(), strict=True)))
+        if plain.rule is not None and target.dtype == self.dtype and self.usual(positional):
+            stage = self.at_once(plain, positional, named)
+            if stage is not None and stage.shape == shapes[0].shape[1:]:
+                return stage
         made = self.shapes(plain, with_values(positional, self.meta), with_values(named, self.meta))
         if tuple(made[0].shape) != shapes[0].shape:
             return self.unread(f"calls {op.label} in a way that the engines do not read")

@@ -8,6 +8,7 @@ an operation that the engines read.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ class Call:
     def __init__(self, name: str, given: dict[str, object], images: int):
         self.name, self.given, self.images = name, given, images
         self.results: list[Tensor] = []  # on the meta device
+        # Of several axes that the images may be on; axes of length one may stand before the one that they are.
+        self.choose: Callable[[list[Axis]], Axis] = operator.itemgetter(0)
 
     def __getitem__(self, name: str) -> object:
         return self.given[name]
@@ -206,15 +209,17 @@ def reshaped(call: Call) -> Axis:
     call.given.pop("other", None)  # of which the shape counts alone
     own, shape, wanted = call.only("self"), call.shape(call["self"]), tuple(call.results[0].shape)
     before = math.prod(shape[: own.axis]) * own.ahead  # entries that one step from image to image is inside of
+    places = []
     for axis, length in enumerate(wanted):
         outer = math.prod(wanted[:axis])
         ahead = before // outer if outer and before % outer == 0 else 0
         if ahead and length and length % (ahead * call.images) == 0:
-            # Axes of length one may stand before; the images are the first that is not.
-            times = length // call.images
-            call.given = {"self": call["self"], "shape": [*wanted[:axis], Images(times), *wanted[axis + 1 :]]}
-            call.name = "reshape"
-            return Axis(axis, times // ahead, ahead)
+            places.append(Axis(axis, length // call.images // ahead, ahead))
+    if places:
+        found = call.choose(places)
+        sizes = [*wanted[: found.axis], Images(found.ahead * found.factor), *wanted[found.axis + 1 :]]
+        call.given, call.name = {"self": call["self"], "shape": sizes}, "reshape"
+        return found
     raise Unknown("it does not keep the batch axis")
 
 
