@@ -472,6 +472,29 @@ def test_what_rounding_may_tip_over_is_measured_by_forwards(code, name, engine):
     assert close(o.scores, by_forwards(model, images, 6, 3)[..., 1])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_full_layers_of_several_rows(dtype, engine):
+    """Tokens, and maps whose channels come last."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.one, self.two = nn.Conv2d(3, 12, 3, 2), nn.Linear(12, 20), nn.Linear(20, 12, bias=False)
+            self.three, self.norm, self.full = nn.Linear(12, 9), nn.LayerNorm(12), nn.Linear(9, 7)
+
+        def forward(self, x):
+            x = self.a(x)
+            x = x + self.two(F.gelu(self.one(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+            tokens = self.norm(x.flatten(2).transpose(1, 2))
+            return self.full(self.three(tokens).mean(1))
+
+    torch.manual_seed(0)
+    model, images = Rows().to(dtype).eval(), pictures(2).to(dtype)
+    o = occlusion_map(model, images, 1, box=7, stride=5, score="logit", strict=True, feature=("two", 3))
+    wanted = by_forwards(model.double(), images.double(), 7, 5)[..., 1]
+    assert engine and (o.scores - wanted).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12) * wanted.std()
+
+
 def test_conditions_whose_sides_meet_do_not_jump(engine):
     class Meets(nn.Module):
         def __init__(self):

@@ -117,11 +117,14 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
 
 
 def linear(input, weight, bias=None) -> Stage:
-    x = stage_of(input, (1,))
+    x = stage_of(input)
     weight, bias = _parameter(weight), _parameter(bias)
-    if x.shape[0] != weight.shape[1]:
-        raise ShapeError(f"images: they give this layer {x.shape[0]} features; it takes {weight.shape[1]}")
-    return whole([x], lambda x: F.linear(x, weight, bias), (len(weight),), matrix=lambda: weight)
+    if not x.shape or weight.dim() != 2:
+        raise Unknown
+    if x.shape[-1] != weight.shape[1]:
+        raise ShapeError(f"images: they give this layer {x.shape[-1]} features; it takes {weight.shape[1]}")
+    shape = (*x.shape[:-1], len(weight))
+    return whole([x], lambda x: F.linear(x, weight, bias), shape, matrix=lambda: weight, bias=lambda: bias)
 
 
 def whole(inputs: list[Stage], run: Callable[..., Tensor], shape: tuple[int, ...], **options) -> Stage:
