@@ -889,6 +889,19 @@ def test_writes_to_parts_have_a_gradient(parts):
     torch.testing.assert_close(found, wanted)
 
 
+def test_views_that_are_more_than_a_geometry():
+    for function in (lambda m, x: torch.ops.aten._neg_view(x) * 2, lambda m, x: x[:, 1:]._view_func(x)):
+        with pytest.raises(UnsupportedOperation):
+            read_network(Code(function).eval(), SHAPE)
+
+
+def test_custom_functions_that_are_told_the_number_of_images():
+    model = Code(lambda m, x: x.resize_as(x.flatten(1))).eval()
+    with pytest.raises(UnsupportedOperation):
+        read_network(model, SHAPE, gradient=True)
+    reads(lambda m, x: torch.ops.aten.hardtanh_(x, 1.0, 0.5), "pointwise")
+
+
 def test_constants_written_over_a_map():
     """They leave no gradient, and no operation that has none."""
 

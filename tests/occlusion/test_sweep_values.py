@@ -165,3 +165,18 @@ def test_a_pixel_far_larger_than_the_others_does_not_blur_what_hides_it(value, e
     assert hidden and (plain.softmax(-1) - want.softmax(-1)).abs().max() < 1e-6
     assert torch.equal(o.labels, want.argmax(-1))
     assert (o.scores - want.softmax(-1)[..., 1]).abs().max() <= 1e-5
+
+
+def test_constants_that_are_added_behind_an_operation_on_whole_maps():
+    class Flipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * (SIZE[0] - 2) * (SIZE[1] - 2), 5)
+
+        def forward(self, x):
+            return self.head((self.conv(x.flip(3)) * 2 + 1).flatten(1))
+
+    torch.manual_seed(0)
+    model, images = Flipped().eval(), pictures(2)
+    o = occlusion_map(model, images, 3, box=7, stride=5, score="logit")
+    assert close(o.scores, by_forwards(model, images, 7, 5)[..., 3])

@@ -133,8 +133,6 @@ class Values:
             scale = torch.ones(channels, **made)
         else:
             scale = torch.as_tensor(scale_of(stage), **made).reshape(-1).expand(channels)
-        if stage.kind == "scale":
-            return scale, torch.zeros(channels, **made)
         if stage.kind == "batch_norm":
             return scale, stage.run(torch.zeros(1, channels, 1, 1, **made)).flatten()
         shift = stage.run(torch.zeros(1, *stage.shape, **made))[0].flatten(1)  # a constant is added, or none

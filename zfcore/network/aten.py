@@ -154,7 +154,7 @@ def relu6(self) -> Stage:
 
 def hardtanh(self, min_val=-1.0, max_val=1.0) -> Stage:
     if min_val != 0 or max_val <= 0:
-        return pointwise(self, lambda x: F.hardtanh(x, min_val, max_val))
+        return pointwise(self, lambda x: torch.ops.aten.hardtanh(x, min_val, max_val))
     return _rectified(self, Rectifier(lambda x: F.hardtanh(x, 0.0, max_val), upper=float(max_val)))
 
 

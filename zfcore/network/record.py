@@ -217,6 +217,7 @@ class Record:
         given = list(leaves(values))
         if not any(isinstance(v, Value | Unread) for v in given):
             return out
+        self.count.use()  # which its arguments may tell, as numbers
         with self.unseen():
             lost = next((v for v in given if isinstance(v, Unread)), None)
             tensors = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -476,6 +477,8 @@ class Record:
             return self.not_read(op, args, kwargs, "would squeeze a batch of one")
         if op.name == "index":
             args = (args[0], [_as_places(i) for i in args[1]])
+        if op.name in ("_neg_view", "_conj"):  # a view's geometry does not tell that it is one of these
+            return self.not_read(op, args, kwargs, f"calls {op.label}, which is not an operation that the engines read")
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if op.may_copy and source is not None:
             return self.maybe_copied(op, args, kwargs)
