@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
-from zfcore.network.counting import IMAGES, MOST
+from zfcore.network.counting import IMAGES, IMAGES_ON_A_GPU, MOST
 from zfcore.network.geometry import Field
 from zfcore.network.guard import Observer, kept, observing
 from zfcore.network.layers import fixed_batch, resolve_layer
@@ -178,10 +178,10 @@ def _recorded(
     place = (model, image_shape, parameter.dtype, parameter.device, gradient, example[:1] if hooked is not None else None)
     fixed = fixed_batch(model)
     with torch.inference_mode(False), _own_precision(parameter.device):
-        record = Record(*place, fixed or IMAGES, until)
+        record = Record(*place, fixed or (IMAGES if parameter.device.type == "cpu" else IMAGES_ON_A_GPU), until)
         record.run()
         done: set[int] = set()
-        wanted = record.count.numbers() if fixed is None else set()
+        wanted = record.count.numbers() - {record.images} if fixed is None else set()
         while wanted - done and not isinstance(record.failure, ShapeError):
             images = min(wanted - done)
             other = Record(*place, images, until)
@@ -197,7 +197,7 @@ def _recorded(
                 break
             record.others.append(other)
             done.add(images)
-            wanted |= other.count.numbers() - {IMAGES}
+            wanted |= other.count.numbers() - {record.images}
     return record
 
 
