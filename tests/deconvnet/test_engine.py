@@ -206,3 +206,20 @@ def test_the_rectifier_inside_a_power_pool_rectifies_nothing(rule):
     wanted = project(model, images, "3", [0, 3], p.positions, rule=rule)[0]
     assert wanted.isfinite().all()
     close(p.pixels, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("rule", ("deconvnet", "gradient"))
+@pytest.mark.parametrize(
+    "norm",
+    (nn.InstanceNorm2d(16, affine=True), nn.GroupNorm(4, 16), nn.Upsample(scale_factor=2, mode="bilinear"), nn.RReLU(),
+     nn.ReflectionPad2d(2), nn.ConvTranspose2d(16, 16, 2, 2)),
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_operations_on_whole_maps_that_are_large(norm, rule):
+    """So large that they go down seed by seed, with one image's values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), norm, nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    images = torch.randn(2, 3, 34, 34)
+    for layer in ("2", "4"):
+        p = zfcore.deconv_project(model, images, layer, [0, 3], rule=rule, strict=True)
+        close(p.pixels, project(model, images, layer, [0, 3], p.positions, rule=rule)[0], torch.float32)

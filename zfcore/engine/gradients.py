@@ -90,8 +90,13 @@ def _vjp(run: Callable[..., Tensor], inputs: list[Tensor], signal: Tensor) -> li
 
 
 def _grad(value: Tensor, inputs: list[Tensor], signal: Tensor) -> list[Tensor]:
-    """Of inputs that the value does not depend on, zeros."""
+    """Of inputs that the value does not depend on, zeros.
+
+    The signal is laid out row by row: of one image, torch's instance normalisation takes one with its channels last for
+    another, without a word.
+    """
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
+    signal = signal.contiguous()
     grads = torch.autograd.grad(value, inputs, signal, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

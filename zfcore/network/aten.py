@@ -272,7 +272,7 @@ POINTWISE |= {
 def rrelu(self, lower=1 / 8, upper=1 / 3, training=False, generator=None) -> Stage:
     if training:
         raise Unknown("it draws its slopes in eval mode too")
-    return leaky_relu(self, (lower + upper) / 2)
+    return pointwise(self, lambda x: F.rrelu(x, lower, upper))
 
 
 # ---- Pools -------------------------------------------------------------------------------------------------
