@@ -371,6 +371,15 @@ def test_writes_into_other_tensors_are_followed(name):
     reads(_into(*WRITES[name]))
 
 
+def test_weights_that_are_standardised_in_the_forward():
+    def standardised(m, x):
+        weight = m.conv.weight
+        rows = F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True)
+        return F.conv2d(x, rows.reshape_as(weight)[:, :1], groups=4)
+
+    reads(standardised, "conv")
+
+
 def test_constants_of_each_image_may_differ_by_rounding():
     """The rows of a product of matrices are not all computed in the same order."""
     deep = nn.Linear(515, 4)

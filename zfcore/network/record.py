@@ -399,10 +399,18 @@ class Record:
         # Where the forward computes, it writes too, and what was made in it has no copy that is written to instead.
         return self.current(t).clone() if memory.fresh and self.example is not None else self.current(t)
 
+    @staticmethod
+    def updates(op: Operator, args: tuple, kwargs: dict) -> bool:
+        """Whether an operation writes to running statistics, which its schema does not say."""
+        if not op.updating:
+            return False
+        given = op.bound(args, kwargs)
+        return bool(given[op.updating]) and isinstance(given.get("running_mean"), Tensor)
+
     def constant(self, op: Operator, args: tuple, kwargs: dict, tensors: list[Tensor]) -> object:
         """An operation on what is not computed from the images: it is done."""
         changed: list[Tensor] = []
-        if op.updating and op.bound(args, kwargs)[op.updating]:
+        if self.updates(op, args, kwargs):
             self.stop("updates statistics of its own")
         for given in (*args, *kwargs.values()) if op.random else ():
             if isinstance(given, torch.Generator):
@@ -455,7 +463,7 @@ class Record:
         if op.shaped and self.value_of(args[0]) is None:
             self.count.use()
             return self.constant(op, (args[0], _blank(args[1])), kwargs, [args[0]])
-        if op.updating and self.example is not None and op.bound(args, kwargs)[op.updating]:
+        if self.example is not None and self.updates(op, args, kwargs):
             self.stop("updates statistics of its own")
         if not self.python:
             self.count.use()  # not Python's doing: what asked for the number of images is not seen
