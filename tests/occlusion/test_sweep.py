@@ -472,6 +472,21 @@ def test_what_rounding_may_tip_over_is_measured_by_forwards(code, name, engine):
     assert close(o.scores, by_forwards(model, images, 6, 3)[..., 1])
 
 
+@pytest.mark.parametrize("norm", (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)), ids=("group", "instance"))
+def test_maps_are_normalised_as_well_as_the_model_does(norm, engine, monkeypatch):
+    """Their mean is far from zero, where sums of squares lose digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), norm, nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(540, 7)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(40.0)
+    images = pictures(2)
+    monkeypatch.setattr(Sweep, "refusal", None)
+    o = occlusion_map(model, images, 1, box=7, stride=5, score="logit", strict=True)
+    loop = by_forwards(model, images, 7, 5)[..., 1]
+    right = by_forwards(model.double(), images.double(), 7, 5)[..., 1]
+    assert engine and (o.scores - right).abs().max() <= max(3 * (loop - right).abs().max(), 1e-5 * right.std())
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_full_layers_of_several_rows(dtype, engine):
     """Tokens, and maps whose channels come last."""

@@ -62,6 +62,7 @@ VALUES = {
     "channels": 0.40,
     "lrn": 2.0,
     "map": 0.40,
+    "relaid": 3.0,  # between channels last and rows, there and back
 }
 CHANGED = {  # the same, of a change: with its clean map beside it
     "move": 0.20,
@@ -130,7 +131,8 @@ def whole(stage: Stage, runner: str) -> Cost:
     if stage.kind == "identity":
         return Cost()
     name = "avg_pool" if options.get("mean") else "move" if options.get("flat") else NAMES.get(stage.kind, "map")
-    return Cost(max(read, size) * VALUES[name], CALL)
+    each = VALUES[name] + (VALUES["relaid"] if "statistics" in options and runner == "values" else 0.0)
+    return Cost(max(read, size) * each, CALL)
 
 
 def folded(stage: Stage) -> Cost:

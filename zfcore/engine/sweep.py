@@ -636,6 +636,8 @@ class Sweep:
         """Any operation, on whole maps."""
         inputs = [self.changed(source, batch) for source in step.sources]
         inputs = [x.reshape(len(x), *source.shape) for x, source in zip(inputs, step.sources, strict=True)]
+        if "statistics" in step.result.options:  # which torch takes to fewer digits with channels last
+            inputs = [x.contiguous() for x in inputs]
         out = self.result(step, batch)
         result = step.result.run(*inputs).reshape(out.shape)
         return torch.sub(result, batch.maps[step.result][batch.image], out=out)

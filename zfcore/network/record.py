@@ -683,6 +683,8 @@ class Record:
             stage = aten.whole(inputs, run, shape)
         if jumps is not None:
             stage.options["jumps"] = jumps
+        if name in _OWN_STATISTICS:
+            stage.options["statistics"] = True
         return self.named(stage, name)
 
     def materialise(self, expression: Loose) -> None:
@@ -891,6 +893,7 @@ class _Unseen:
         self.record.quiet -= 1
 
 
+_OWN_STATISTICS = frozenset(("group_norm", "native_group_norm", "instance_norm"))
 _IDENTITIES = frozenset((
     "clone", "alias", "detach", "lift_fresh", "lift", "resolve_conj", "resolve_neg", "positive",
 ))  # fmt: skip

@@ -32,7 +32,8 @@ class Stage:
              returns [C]); of scale "factor" (a number, or [C, 1, 1]); of lrn "lrn" (size, alpha, beta, k); of
              pointwise "function", which autograd follows, and "native", its kernel's name and two parameters, or
              None; of channels "index", int64 [K]; of map "matrix" of a full layer, of one row of features or of
-             several (a function that returns [K, F]), and its "bias" (likewise, [K] or None), "flat" where it lays the values of a map out in a row, "mean" where it takes the mean of each map. Of any
+             several (a function that returns [K, F]), and its "bias" (likewise, [K] or None), "flat" where it lays the values of a map out in a row, "mean" where it takes the mean of each map, "statistics" where it normalises
+             by those of an image's maps. Of any
              "jumps", the operation by which it gives another result, by far, where a value differs by its rounding.
     name:    the module's dotted name, with "@i" when it is called several times; for a function called
              outside such a module, "module:function".
