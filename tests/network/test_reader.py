@@ -321,6 +321,8 @@ def test_work_in_place(name):
         lambda m, x: (y := x.flatten(1), x.relu_(), y)[2],
         lambda m, x: (y := x.contiguous(), y.relu_(), x * 1)[2],
         lambda m, x: (y := x.reshape(len(x), -1), y.relu_(), x * 1)[2],
+        lambda m, x: (y := x.reshape(len(x), -1).reshape(x.shape), y.relu_(), x * 1)[2],
+        lambda m, x: (y := x.flatten(1).contiguous().reshape(x.shape), x.relu_(), y * 1)[2],
     ],
 )
 def test_what_may_be_a_view_or_a_copy_of_what_changed_is_refused(function):

@@ -62,6 +62,13 @@ class Memory:
         self.twins.append(other)
         other.twins.append(self)
 
+    def all_twins(self) -> list[Memory]:
+        """Its twins, and theirs: a reshape of a reshape may be the same memory too."""
+        found = [self]
+        for memory in found:
+            found += [twin for twin in memory.twins if all(twin is not each for each in found)]
+        return found[1:]
+
     def shadow(self, t: Tensor) -> None:
         """From now on a copy holds the values of this constant; a new one, where an expression holds the last."""
         self.held = False

@@ -303,7 +303,7 @@ class Record:
     def write(self, t: Tensor, value: Value | Unread) -> None:
         """A tensor's memory is overwritten."""
         memory, key = self.known(t), geometry(t)
-        for twin in memory.twins:
+        for twin in memory.all_twins():
             twin.lose(self.unread("works in place on what may be a view of a map that is in use, or a copy"))
         base = value
         if key != memory.base and not isinstance(value, Unread):
