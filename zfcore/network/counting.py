@@ -111,14 +111,11 @@ for _name in ("bit_length", "bit_count", "to_bytes", "as_integer_ratio"):
 class Sizes(tuple):
     """A map's shape. That its number of images was taken is noted: Python may use a number where nobody sees it."""
 
-    axis: int
     __class__ = torch.Size  # to isinstance; no class can be derived from it
 
     @classmethod
     def of(cls, shape: torch.Size, axis: int) -> Sizes:
-        made = cls(BatchSize(n) if d == axis else n for d, n in enumerate(shape))
-        made.axis = axis
-        return made
+        return cls(BatchSize(n) if d == axis else n for d, n in enumerate(shape))
 
     def __getitem__(self, place):
         part = super().__getitem__(place)

@@ -43,13 +43,6 @@ class Memory:
                 self._base = geometry(t)
         return self._base
 
-    def known(self, t: Tensor) -> Value | Unread | None:
-        """What a tensor on it stands for, if that is known already."""
-        if t is self.tensor and self.value is not None:
-            return self.value
-        key = geometry(t)
-        return self.value if key == self.base else self.views.get(key)
-
     def holds(self, base: Value | Unread | None) -> None:
         """From now on it holds this, and nothing that was known of views is left."""
         self.value, self.views, self.read = base, {}, True

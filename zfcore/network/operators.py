@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import UnionType
 
 import torch
 from torch import Tensor
 
 from zfcore.network import aten
-from zfcore.network.values import Value, replaced
+from zfcore.network.values import replaced
 
 # They read a value, so that Python may go another way for other images.
 _READING = frozenset((
@@ -55,7 +56,7 @@ class Operator:
 
     __slots__ = (
         "arguments", "asking", "blank", "function", "label", "like", "lists", "may_copy", "mutable", "name", "of_channels",
-        "random", "reading", "returning", "rule", "shaped", "updating", "view", "written",
+        "random", "reading", "returning", "rule", "shaped", "unknown", "updating", "view", "written",
     )  # fmt: skip
 
     def __init__(self, function):
@@ -66,6 +67,7 @@ class Operator:
             plain = "view.dtype"  # the same bits as other numbers, which is no view of a map
         self.name = name = plain if library == "aten" else schema.name
         self.label = f"torch.ops.{library}.{plain}"
+        self.unknown = f"calls {self.label}, which is not an operation that the engines read"
         self.arguments = [
             (a.name, a.default_value if a.has_default_value() else _MISSING, a.kwarg_only) for a in schema.arguments
         ]
@@ -152,22 +154,11 @@ def tensors_in(args: tuple | list) -> list[Tensor]:
     return found
 
 
-def with_tensors(given: object, by: Callable[[Tensor], object]) -> object:
-    """Arguments, each tensor replaced."""
+def with_tensors(given: object, by: Callable[[object], object], kind: type | UnionType = Tensor) -> object:
+    """Arguments, each tensor replaced; or each value that stands for one, if that is the `kind`."""
 
     def one(leaf):
-        return by(leaf) if isinstance(leaf, Tensor) else leaf
-
-    if isinstance(given, dict):
-        return {key: replaced(part, one) for key, part in given.items()}
-    return replaced(given, one)
-
-
-def with_values(given: object, by: Callable[[Value], object]) -> object:
-    """Arguments, each value that stands for a tensor replaced."""
-
-    def one(leaf):
-        return by(leaf) if isinstance(leaf, Value) else leaf
+        return by(leaf) if isinstance(leaf, kind) else leaf
 
     if isinstance(given, dict):
         return {key: replaced(part, one) for key, part in given.items()}

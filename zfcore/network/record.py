@@ -27,7 +27,7 @@ from zfcore.network.counting import IMAGES, Count
 from zfcore.network.guard import kept, recording
 from zfcore.network.memory import Memory, geometry, has_storage, overlaps
 from zfcore.network.modes import Functions, Operations, calls_followed
-from zfcore.network.operators import Operator, operator, tensors_in, with_tensors, with_values
+from zfcore.network.operators import Operator, operator, tensors_in, with_tensors
 from zfcore.network.stages import Stage
 from zfcore.network.values import (
     Alike,
@@ -486,7 +486,7 @@ class Record:
         if op.name == "index":
             args = (args[0], [_as_places(i) for i in args[1]])
         if op.name in ("_neg_view", "_conj"):  # a view's geometry does not tell that it is one of these
-            return self.not_read(op, args, kwargs, f"calls {op.label}, which is not an operation that the engines read")
+            return self.not_read(op, args, kwargs, op.unknown)
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if op.may_copy and source is not None:
             return self.maybe_copied(op, args, kwargs)
@@ -556,10 +556,10 @@ class Record:
         try:
             made = op.function(*with_tensors(args, _meta), **kwargs)
         except NotImplementedError as error:
-            self.stop(f"calls {op.label}, which is not an operation that the engines read", error)
+            self.stop(op.unknown, error)
         shapes = [t for t in leaves(made) if isinstance(t, Tensor)]
         if not shapes:
-            self.stop(f"calls {op.label}, which is not an operation that the engines read")
+            self.stop(op.unknown)
         return shapes
 
     def usual(self, values: tuple) -> bool:
@@ -614,7 +614,7 @@ class Record:
             return self.expressions(op, given, shapes)
         except Unknown as error:
             why = str(error) or (str(refusal) if refusal is not None else "")
-            text = f"calls {op.label}, which is not an operation that the engines read"
+            text = op.unknown
             if op.rule is not None or op.name in whole.RULES:
                 text = f"calls {op.label} in a way that the engines do not read" + (f" ({why})" if why else "")
             return [self.unread(text, error)] * len(shapes)
@@ -730,17 +730,18 @@ class Record:
         if op.name in _REMAKING:
             if op.name == "detach_" and not self.gradient:
                 return args[0]
-            self.stop(f"calls {op.label}, which is not an operation that the engines read")
+            self.stop(op.unknown)
         target = given[op.written[0]]
         if not isinstance(target, Tensor):
-            self.stop(f"calls {op.label}, which is not an operation that the engines read")
-        value = self.unread(f"calls {op.label}, which is not an operation that the engines read")
+            self.stop(op.unknown)
         plain = op.functional()
         if self.gradient and not (torch.is_grad_enabled() or self.inside):
             value = self.unread(f"calls {op.label} under no_grad(), so that no gradient passes")
         elif plain is not None and len(op.written) == 1:
             left = {k: self.values(v) for k, v in given.items() if k not in op.written or k == "self"}
             value = self.overwriting(op, plain, target, left)
+        else:
+            value = self.unread(op.unknown)
         if self.example is not None:
             op.function(*with_tensors(args, self.current), **with_tensors(kwargs, self.current))
         for name in op.written:
@@ -758,7 +759,7 @@ class Record:
                 return source
             if isinstance(source, Value):
                 source = self.cast(source, target.dtype)
-                if whole.Call("", {}, self.images).shape(source) == shapes[0].shape:
+                if whole.shape_of(self.images, source) == shapes[0].shape:
                     return source
                 expand = operator(torch.ops.aten.expand.default)
                 return self.values_of(expand, (source, list(target.shape)), {}, shapes)[0]
@@ -777,7 +778,7 @@ class Record:
             stage = self.at_once(plain, positional, named)
             if stage is not None and stage.shape == shapes[0].shape[1:]:
                 return stage
-        made = self.shapes(plain, with_values(positional, self.meta), with_values(named, self.meta))
+        made = self.shapes(plain, with_tensors(positional, self.meta, Value), with_tensors(named, self.meta, Value))
         if tuple(made[0].shape) != shapes[0].shape:
             return self.unread(f"calls {op.label} in a way that the engines do not read")
         return self.cast(self.values_of(plain, positional, named, made)[0], target.dtype)
@@ -785,13 +786,13 @@ class Record:
     def meta(self, value: Value) -> Tensor:
         """What a value looks like, on the meta device."""
         dtype = value.dtype if isinstance(value, Loose) else self.dtype
-        return torch.empty(whole.Call("", {}, self.images).shape(value), dtype=dtype, device="meta")
+        return torch.empty(whole.shape_of(self.images, value), dtype=dtype, device="meta")
 
     def cast(self, value: Value | Unread, dtype: torch.dtype) -> Value | Unread:
         """A value as what is written into a tensor of this dtype."""
         if isinstance(value, Unread) or (value.dtype if isinstance(value, Loose) else self.dtype) == dtype:
             return value
-        place = (whole.Call("", {}, self.images).shape(value), dtype, *whole.axis_of(value))
+        place = (whole.shape_of(self.images, value), dtype, *whole.axis_of(value))
         return self.settled(Loose(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype}, *place), "copy_")
 
     def maybe_copied(self, op: Operator, args: tuple, kwargs: dict) -> object:

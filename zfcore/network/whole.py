@@ -41,6 +41,13 @@ def axis_of(value: object) -> Axis | None:
     return Axis(0) if isinstance(value, Stage | Picked) else None
 
 
+def shape_of(images: int, value: object) -> tuple[int, ...]:
+    """Of a tensor, or of what stands for one, as recorded with so many images."""
+    if isinstance(value, Tensor | Loose):
+        return tuple(value.shape)
+    return (images, *value.shape)
+
+
 class Call:
     """One operation: its arguments by their names in the schema, values in place of tensors, and its results' shapes."""
 
@@ -60,9 +67,7 @@ class Call:
 
     def shape(self, value: object) -> tuple[int, ...]:
         """As recorded, the images included."""
-        if isinstance(value, Tensor | Loose):
-            return tuple(value.shape)
-        return (self.images, *value.shape)
+        return shape_of(self.images, value)
 
     def only(self, name: str) -> Axis:
         """The images of an argument, where nothing else is computed from them."""
@@ -135,33 +140,26 @@ def elementwise(call: Call) -> Axis:
     return found.at(rank + found.axis)
 
 
-def _kept(name: str = "self", dims: str | None = "dim") -> Callable[[Call], Axis]:
-    """What works along other axes than that of the images, and keeps them all."""
+def along(call: Call) -> Axis:
+    """What works along another axis than that of the images, and keeps them all."""
+    own = call.only("self")
+    if call["dim"] is None or own.axis in _dims(call, call["self"], call["dim"]):
+        raise Unknown("it works along the batch axis")
+    return own
 
-    def rule(call: Call) -> Axis:
-        own = call.only(name)
-        if dims is not None and (call[dims] is None or own.axis in _dims(call, call[name], call[dims])):
-            raise Unknown("it works along the batch axis")
+
+def reduced(call: Call) -> Axis:
+    if "other" in call.given:  # max(x, y)
+        return elementwise(call)
+    own, dims = call.only("self"), call.given.get("dim")
+    if dims is None or dims == []:
+        raise Unknown("it reduces the batch axis too")
+    gone = _dims(call, call["self"], dims)
+    if own.axis in gone:
+        raise Unknown("it reduces the batch axis")
+    if call.given.get("keepdim"):
         return own
-
-    return rule
-
-
-def _reduced(dims: str = "dim", keep: str = "keepdim") -> Callable[[Call], Axis]:
-    def rule(call: Call) -> Axis:
-        if "other" in call.given:  # max(x, y)
-            return elementwise(call)
-        own, given = call.only("self"), call.given.get(dims)
-        if given is None or given == []:
-            raise Unknown("it reduces the batch axis too")
-        gone = _dims(call, call["self"], given)
-        if own.axis in gone:
-            raise Unknown("it reduces the batch axis")
-        if call.given.get(keep):
-            return own
-        return own.at(own.axis - sum(d < own.axis for d in gone))
-
-    return rule
+    return own.at(own.axis - sum(d < own.axis for d in gone))
 
 
 def _first(name: str = "self", rank: int | None = None, with_: Sequence[str] = ()) -> Callable[[Call], Axis]:
@@ -329,13 +327,17 @@ def unsqueezed(call: Call) -> Axis:
     return own.at(own.axis + (dim <= own.axis))
 
 
-def joined(call: Call) -> Axis:
-    """cat, along another axis than the images'."""
-    parts = call["tensors"]
+def _shared_axis(parts: Sequence[object]) -> Axis:
+    """Where the images are, in all of the parts that are computed from them."""
     found = {axis_of(part) for part in parts} - {None}
     if len(found) != 1:
         raise Unknown("its operands have the images on different axes")
-    (own,) = found
+    return found.pop()
+
+
+def joined(call: Call) -> Axis:
+    """cat, along another axis than the images'."""
+    parts, own = call["tensors"], _shared_axis(call["tensors"])
     (dim,) = _dims(call, next(part for part in parts if axis_of(part)), call["dim"])
     if dim == own.axis:
         raise Unknown("it joins along the batch axis")
@@ -356,11 +358,7 @@ def alike_all(constant: Tensor, own: Axis, images: int) -> Tensor | Alike:
 
 
 def stacked(call: Call) -> Axis:
-    parts = call["tensors"]
-    found = {axis_of(part) for part in parts} - {None}
-    if len(found) != 1:
-        raise Unknown("its operands have the images on different axes")
-    (own,) = found
+    parts, own = call["tensors"], _shared_axis(call["tensors"])
     call.given["tensors"] = [
         alike_all(part, own, call.images) if isinstance(part, Tensor) else part for part in parts
     ]
@@ -382,13 +380,6 @@ def indexed(call: Call) -> Axis:
         raise Unknown("it picks along axes that do not stand together")
     wide = max((indices[d].dim() for d in used if indices[d].dtype not in (torch.bool, torch.uint8)), default=1)
     return own.at(own.axis if own.axis < used[0] else own.axis - len(used) + wide)
-
-
-def index_selected(call: Call) -> Axis:
-    own = call.only("self")
-    if call["dim"] % call.rank(call["self"]) == own.axis:
-        raise Unknown("it picks images")
-    return own
 
 
 def gathered(call: Call) -> Axis:
@@ -508,13 +499,6 @@ def attention(call: Call) -> Axis:
     return found.at(call.results[0].dim() + found.axis)
 
 
-def unfolded(call: Call) -> Axis:
-    own = call.only("self")
-    if call["dimension"] % call.rank(call["self"]) == own.axis:
-        raise Unknown("it works along the batch axis")
-    return own
-
-
 def padded(call: Call) -> Axis:
     own = call.only("self")
     reached = [call.rank(call["self"]) - 1 - i // 2 for i, n in enumerate(call["pad"]) if n]
@@ -597,8 +581,8 @@ _BY_IMAGE = {  # the first axis is the images', and these are all the axes there
 
 RULES: dict[str, Callable[[Call], Axis]] = {
     **{name: elementwise for name in (*_EVERY, *POINTWISE)},
-    **{name: _kept() for name in _ALONG},
-    **{name: _reduced() for name in _REDUCED},
+    **{name: along for name in _ALONG},
+    **{name: reduced for name in _REDUCED},
     "layer_norm": layer_norm, "native_layer_norm": layer_norm, "rms_norm": layer_norm, "_fused_rms_norm": layer_norm,
     "group_norm": _first("input"), "instance_norm": _first("input"), "batch_norm": batch_norm,
     "view": reshaped, "_unsafe_view": reshaped, "reshape": reshaped, "view_as": reshaped, "reshape_as": reshaped,
@@ -607,19 +591,19 @@ RULES: dict[str, Callable[[Call], Axis]] = {
     "adjoint": permuted, "movedim": permuted, "moveaxis": permuted, "swapaxes": permuted, "swapdims": permuted,
     "expand": expanded, "expand_as": expanded, "broadcast_to": expanded, "repeat": repeated, "tile": tiled,
     "repeat_interleave": repeat_interleaved,
-    "select": selected, "slice": sliced, "narrow": sliced, "unbind": selected, "diagonal": diagonal, "unfold": unfolded,
+    "select": selected, "slice": sliced, "narrow": sliced, "unbind": selected, "diagonal": diagonal, "unfold": _not_along("dimension", "it works along the batch axis"),
     "split": _not_along("dim", "it splits the batch axis"), "chunk": _not_along("dim", "it splits the batch axis"),
     "split_with_sizes": _not_along("dim", "it splits the batch axis"),
     "unsafe_split": _not_along("dim", "it splits the batch axis"),
     "unsafe_chunk": _not_along("dim", "it splits the batch axis"),
     "tensor_split": _not_along("dim", "it splits the batch axis"),
     "flip": _not_along("dims", "it turns the batch axis round"), "roll": _not_along("dims", "it rolls the batch axis"),
-    "index": indexed, "index_select": index_selected, "gather": gathered, "index_put": put, "index_copy": copied, "index_add": copied,
+    "index": indexed, "index_select": _not_along("dim", "it picks images"), "gather": gathered, "index_put": put, "index_copy": copied, "index_add": copied,
     "cat": joined, "concat": joined, "concatenate": joined, "stack": stacked,
     "matmul": multiplied, "mm": multiplied, "bmm": multiplied, "addmm": affine, "baddbmm": affine, "linear": linear,
     "einsum": einsum, "scaled_dot_product_attention": attention, "pad": padded, "constant_pad_nd": padded,
     "grid_sampler": _first("input", 4, ("grid",)), "grid_sampler_2d": _first("input", 4, ("grid",)),
-    "max_unpool2d": _first("self", 4, ("indices",)), 
+    "max_unpool2d": _first("self", 4, ("indices",)),
 }  # fmt: skip
 
 
