@@ -176,9 +176,10 @@ class Kept:
             return
         self.seen.add(id(module))
         attributes = module.__dict__
-        self.containers.append((attributes, attributes.copy()))
+        before = attributes.copy()  # at once: other threads' forwards may add to it
+        self.containers.append((attributes, before))
         rest = []
-        for name, value in attributes.items():
+        for name, value in before.items():
             kind = type(value)
             if kind in _PLAIN:
                 continue
@@ -245,9 +246,10 @@ class Kept:
         if self.storages is None:
             self.storages = {t.untyped_storage()._cdata for t, _ in self.tensors if _has_storage(t)}
         storage = tensor.untyped_storage()
-        if storage._cdata in self.storages and storage._cdata not in self.written:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            self.written[storage._cdata] = whole, whole.clone()
+        with _lock:  # another thread's copy, taken after this one's write, would be of what was written
+            if storage._cdata in self.storages and storage._cdata not in self.written:
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                self.written[storage._cdata] = whole, whole.clone()
 
     def restore(self) -> None:
         for container, before in self.containers:

@@ -146,8 +146,8 @@ def _likeness(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple:
     for module in model.modules():
         kind = type(module)
         parts += (id(module), id(kind if isinstance(module, torch.jit.ScriptModule) else kind.forward))
-        parts += map(id, module.__dict__.values())
-        parts += map(id, module._modules.values())
+        parts += map(id, list(module.__dict__.values()))  # a list at once: other threads' forwards may add to it
+        parts += map(id, list(module._modules.values()))
     return tuple(parts)
 
 
