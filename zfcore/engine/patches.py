@@ -423,7 +423,7 @@ class Engine:
         self, stage: Stage, signal: Tensor, seeds: _Seeds, kept: dict, signals: dict, pixels: Tensor
     ) -> None:
         """One stage down, or several at once: from the signal at its output to those at its inputs."""
-        job, field = self.job, self.patch[stage]
+        field = self.patch[stage]
         chain = self.chains[stage]
         if chain is not None:
             self.step(stage, chain, signal, seeds, kept, signals, pixels)

@@ -156,12 +156,7 @@ class Values:
         geometry = (padding, list(stride), list(dilation), groups)
         if self.packs:
             shape = [1, *stage.inputs[0].shape]
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, shape)
-
-            function, algorithm = name or ("none", "")
-
-            def product(x: Tensor) -> Tensor:
-                return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, function, [], algorithm)
+            product = _packed(weight, bias, geometry, shape, *(name or ()))
         else:
             weight = weight.contiguous(memory_format=LAST) if self.last else weight
 
@@ -214,14 +209,12 @@ class Values:
     def rows(self, stage: Stage) -> Callable[[Tensor], Tensor]:
         """A full layer of many rows, as a convolution of one pixel with packed filters: two to four times as fast."""
         weight, bias, count = stage.options["matrix"]().detach(), stage.options["bias"](), math.prod(stage.shape[:-1])
-        geometry = ([0, 0], [1, 1], [1, 1], 1)
-        filters = weight[:, :, None, None].contiguous(memory_format=LAST).to_mkldnn()
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(filters, *geometry, [1, weight.shape[1], count, 1])
+        filters = weight[:, :, None, None].contiguous(memory_format=LAST)
+        product = _packed(filters, bias, ([0, 0], [1, 1], [1, 1], 1), [1, weight.shape[1], count, 1])
 
         def run(x: Tensor) -> Tensor:
             pixels = x.reshape(len(x), count, 1, x.shape[-1]).permute(0, 3, 1, 2)
-            made = torch.ops.mkldnn._convolution_pointwise(pixels, packed, bias, *geometry, "none", [], "")
-            return made.permute(0, 2, 3, 1).reshape(len(x), *stage.shape)
+            return product(pixels).permute(0, 2, 3, 1).reshape(len(x), *stage.shape)
 
         return run
 
@@ -259,6 +252,17 @@ class Values:
 def _done_with_product(stage: Stage) -> tuple[str, str] | None:
     native = stage.options["native"] if stage.kind == "pointwise" else None
     return None if native is None else WITH_PRODUCT.get(native[0])
+
+
+def _packed(
+    weight: Tensor, bias: Tensor | None, geometry: tuple, shape: list[int], function: str = "none", algorithm: str = ""
+) -> Callable[[Tensor], Tensor]:
+    """A convolution with filters packed for oneDNN, and a function of each value done with it.
+
+    geometry: padding, stride, dilation, groups. shape: of what it reads, of one image.
+    """
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, shape)
+    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, function, [], algorithm)
 
 
 def _packs_filters() -> bool:
