@@ -7,10 +7,13 @@
 
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "conv_delta.h"
 #include "conv_strongest.h"
 #include "deconv_step.h"
@@ -39,7 +42,9 @@ using WindowTuple = std::tuple<Pair, Pair, Pair, Pair>;
 zf::View view(const TensorTuple& t) {
   zf::View v;
   v.data = reinterpret_cast<void*>(std::get<0>(t));
-  v.dtype = static_cast<zf::DType>(std::get<1>(t));
+  const int dtype = std::get<1>(t);
+  zf::require(dtype >= static_cast<int>(zf::DType::f32) && dtype <= static_cast<int>(zf::DType::u8), "no dtype");
+  v.dtype = static_cast<zf::DType>(dtype);
   for (int i = 0; i < 4; ++i) v.size[i] = std::get<2>(t)[i], v.stride[i] = std::get<3>(t)[i];
   return v;
 }
@@ -59,7 +64,7 @@ zf::Window window(const WindowTuple& t) {
 zf::View output(const TensorTuple& t) {
   const zf::View v = view(t);
   static constexpr int64_t item[] = {4, 8, 2, 2, 1};
-  zf::advise_huge_pages(v.data, v.numel() * item[static_cast<int>(v.dtype)]);
+  zf::advise_huge_pages(v.data, zf::numel(v) * item[static_cast<int>(v.dtype)]);
   return v;
 }
 
@@ -142,6 +147,13 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "zfcore's native kernels. Call them through zfcore.ops, which checks every argument.";
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::invalid_argument& error) {
+      py::set_error(py::module_::import("zfcore.errors").attr("ArgumentError"), error.what());
+    }
+  });
   m.def("build_info", &build_info);
   m.def("cpu_features", [] {
     const zf::CpuFeatures& f = zf::cpu_features();
@@ -168,17 +180,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_pool2d_with_switches_cpu", [](const TensorTuple& x, const TensorTuple& y, const TensorTuple& switches,
                                            const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;
+    zf::check_pool(view(y), view(switches), view(x), window(pool));
     zf::max_pool2d_with_switches_cpu(view(x), output(y), output(switches), window(pool), threads);
   });
   m.def("unpool_relu2d_cpu", [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& out,
                                 const WindowTuple& pool, bool relu, bool overlap_last, int threads) {
     py::gil_scoped_release release;
+    zf::check_pool(view(y), view(switches), view(out), window(pool));
     return zf::unpool_relu2d_cpu(view(y), view(switches), output(out), window(pool), relu, overlap(overlap_last),
                                  threads);
   });
   m.def("pool_gather2d_cpu", [](const TensorTuple& x, const TensorTuple& switches, const TensorTuple& out,
                                 const WindowTuple& pool, bool overlap_last, int threads) {
     py::gil_scoped_release release;
+    zf::check_pool(view(out), view(switches), view(x), window(pool));
     return zf::pool_gather2d_cpu(view(x), view(switches), output(out), window(pool), overlap(overlap_last), threads);
   });
   m.def("unpool_relu_conv_transpose2d_cpu",
@@ -186,6 +201,17 @@ PYBIND11_MODULE(_C, m) {
            const Pair& unpooled, const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool overlap_last,
            int threads) {
           py::gil_scoped_release release;
+          zf::DeconvStep whole;  // which it is, of switches that are checked
+          whole.signal = view(y);
+          whole.switches = view(switches);
+          whole.weight = view(weight);
+          whole.out = view(out);
+          whole.groups = groups;
+          for (int axis = 0; axis < 2; ++axis) whole.map[axis] = unpooled[axis], whole.below[axis] = whole.out.size[2 + axis];
+          whole.pool = window(pool);
+          whole.conv = window(conv);
+          zf::check_step_on_cpu(whole);
+          zf::check_same_size(whole.signal, whole.switches);
           return zf::unpool_relu_conv_transpose2d_cpu(view(y), view(switches), view(weight), output(out),
                                                       unpooled.data(), window(pool), window(conv), groups,
                                                       overlap(overlap_last), threads);
@@ -202,10 +228,14 @@ PYBIND11_MODULE(_C, m) {
                                             pool, conv, rectify, overlap_last, whole);
           step.weight = view(weight);
           step.groups = groups;
+          zf::check_step_on_cpu(step);
           zf::deconv_step_cpu(step, threads);
         });
   m.def("strongest_cpu", [](const TensorTuple& maps, uintptr_t units, int64_t count, uintptr_t index, int threads) {
     py::gil_scoped_release release;
+    zf::check_float(view(maps));
+    zf::check_units(reinterpret_cast<const int64_t*>(units), count, view(maps).n(), view(maps).c(),
+                    reinterpret_cast<int64_t*>(index));
     zf::strongest_cpu(view(maps), reinterpret_cast<const int64_t*>(units), count, reinterpret_cast<int64_t*>(index),
                       threads);
   });
@@ -223,14 +253,18 @@ PYBIND11_MODULE(_C, m) {
           for (int axis = 0; axis < 2; ++axis) task.map[axis] = map[axis];
           task.value = reinterpret_cast<float*>(value);
           task.index = reinterpret_cast<int64_t*>(index);
+          zf::check_conv_strongest(task);
           zf::conv_strongest_cpu(task, threads);
         });
   m.def("packed_filters_bytes_cpu", [](const TensorTuple& weight, const WindowTuple& conv, int64_t groups) {
+    zf::check_filters(view(weight), window(conv).kernel, groups);
     return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, window(conv), groups);
   });
   m.def("pack_filters_cpu", [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, const WindowTuple& conv,
                                int64_t groups, int threads) {
     py::gil_scoped_release release;
+    zf::check_filters(view(weight), window(conv).kernel, groups);
+    zf::require(filters, "packed filters without memory");
     zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), reinterpret_cast<void*>(filters),
                          window(conv), groups, threads);
   });
@@ -252,35 +286,48 @@ PYBIND11_MODULE(_C, m) {
           op.groups = groups;
           op.narrow = narrow;
           op.rectifier = {slope, upper};
+          zf::check_conv_delta(op);
           zf::conv_delta_cpu(op, threads);
         });
   m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups, bool narrow) {
+    zf::check_filters(view(weight), nullptr, groups);
     return zf::delta_filters_bytes_cpu(view(weight), groups, narrow);
   });
   m.def("pack_delta_filters_cpu",
         [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, int64_t groups, bool narrow, int threads) {
           py::gil_scoped_release release;
+          zf::check_filters(view(weight), nullptr, groups);
+          zf::require(filters, "packed filters without memory");
           return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale),
                                             reinterpret_cast<void*>(filters), groups, narrow, threads);
         });
   m.def("pool_delta_cpu", [](const ChangeTuple& c, const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;
-    zf::pool_delta_cpu(change(c), window(pool), threads);
+    const zf::Change patches = change(c);
+    zf::check_pool_change(patches, window(pool));
+    zf::pool_delta_cpu(patches, window(pool), threads);
   });
   m.def("lrn_delta_cpu", [](const ChangeTuple& c, int64_t size, double alpha, double beta, double k, int threads) {
     py::gil_scoped_release release;
-    zf::lrn_delta_cpu(change(c), {size, alpha, beta, k}, threads);
+    const zf::Change patches = change(c);
+    zf::check_lrn(patches, {size, alpha, beta, k});
+    zf::lrn_delta_cpu(patches, {size, alpha, beta, k}, threads);
   });
   m.def("relu_delta_cpu", [](const ChangeTuple& c, double slope, double upper, int threads) {
     py::gil_scoped_release release;
-    zf::relu_delta_cpu(change(c), {slope, upper}, threads);
+    const zf::Change patches = change(c);
+    zf::check_same_patches(patches);
+    zf::relu_delta_cpu(patches, {slope, upper}, threads);
   });
   m.def("pointwise_delta_cpu", [](const ChangeTuple& c, int function, double a, double b, int threads) {
     py::gil_scoped_release release;
-    zf::pointwise_delta_cpu(change(c), {static_cast<zf::Function>(function), a, b}, threads);
+    const zf::Change patches = change(c);
+    zf::check_same_patches(patches);
+    zf::pointwise_delta_cpu(patches, {static_cast<zf::Function>(function), a, b}, threads);
   });
   m.def("paste_boxes_cpu", [](const PasteTuple& op, int threads) {
     py::gil_scoped_release release;
+    zf::check_paste(paste(op));
     zf::paste_boxes_cpu(paste(op), threads);
   });
   m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
@@ -295,6 +342,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_pool2d_with_switches_cuda", [](const TensorTuple& x, const TensorTuple& y, const TensorTuple& switches,
                                             const WindowTuple& pool, int device, uintptr_t stream) {
     py::gil_scoped_release release;
+    zf::check_pool(view(y), view(switches), view(x), window(pool));
     zf::max_pool2d_with_switches_cuda(view(x), view(y), view(switches), window(pool), device,
                                       reinterpret_cast<void*>(stream));
   });
@@ -302,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
                                  const WindowTuple& pool, bool relu, bool overlap_last, uintptr_t bad, int device,
                                  uintptr_t stream) {
     py::gil_scoped_release release;
+    zf::check_pool(view(y), view(switches), view(out), window(pool));
     zf::unpool_relu2d_cuda(view(y), view(switches), view(out), window(pool), relu, overlap(overlap_last),
                            reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
   });
@@ -309,6 +358,7 @@ PYBIND11_MODULE(_C, m) {
                                  const WindowTuple& pool, bool overlap_last, uintptr_t bad, int device,
                                  uintptr_t stream) {
     py::gil_scoped_release release;
+    zf::check_pool(view(out), view(switches), view(x), window(pool));
     zf::pool_gather2d_cuda(view(x), view(switches), view(out), window(pool), overlap(overlap_last),
                            reinterpret_cast<int32_t*>(bad), device, reinterpret_cast<void*>(stream));
   });
@@ -322,10 +372,12 @@ PYBIND11_MODULE(_C, m) {
           zf::DeconvStep step = deconv_step(signal, switches, passes, filters, view(out), image, origin, frame, map, below,
                                             pool, conv, rectify, overlap_last, whole);
           step.not_finite = reinterpret_cast<const uint8_t*>(not_finite);
+          zf::check_step(step, step.out.c());
           zf::deconv_step_cuda(step, device, reinterpret_cast<void*>(stream));
         });
   m.def("paste_boxes_cuda", [](const PasteTuple& op, int device, uintptr_t stream) {
     py::gil_scoped_release release;
+    zf::check_paste(paste(op));
     zf::paste_boxes_cuda(paste(op), device, reinterpret_cast<void*>(stream));
   });
 #endif

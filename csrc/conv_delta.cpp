@@ -19,6 +19,7 @@
 #include "conv_delta.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -339,32 +340,43 @@ struct Engine {
       }
   }
 
+  // The patches out of `among` that hold pixel `at` of an axis, and where the next pixel that any of them holds is: what
+  // lies between patches that are far from each other is not walked through.
+  struct Holding {
+    int32_t patch[most_patches];
+    int64_t count = 0, next = 0;
+  };
+  template <class Among>
+  void hold(int64_t first, int axis, int64_t at, int64_t pixels, int64_t among, const Among& patch, Holding& held) const {
+    held.count = 0;
+    held.next = std::numeric_limits<int64_t>::max();
+    for (int64_t i = 0; i < among; ++i) {
+      const int64_t away = at - corner[2 * (first + patch(i)) + axis];
+      if (away >= 0 && away < pixels) held.patch[held.count++] = int32_t(patch(i));
+      if (away < pixels - 1) held.next = std::min(held.next, std::max(at + 1, at - away));
+    }
+  }
+
   // The tiles of patches [first, first + some), their values packed. Returns how many.
   int64_t tile_up(int64_t first, int64_t some, const Memory& memory) const {
-    int64_t low[2], high[2];
-    for (int axis = 0; axis < 2; ++axis) {
-      low[axis] = high[axis] = corner[2 * first + axis];
-      for (int64_t b = first; b < first + some; ++b) {
-        low[axis] = std::min(low[axis], corner[2 * b + axis]);
-        high[axis] = std::max(high[axis], corner[2 * b + axis]);
-      }
-    }
-    int32_t holding[most_patches];
-    int64_t tiles = 0, listed = 0, packed = 0;
-    for (int64_t y = low[0]; y < high[0] + pixels_h; ++y)
-      for (int64_t x = low[1]; x < high[1] + pixels_w; ++x) {
-        int64_t held = 0;
-        for (int64_t b = first; b < first + some; ++b) {
-          const int64_t dy = y - corner[2 * b], dx = x - corner[2 * b + 1];
-          if (dy >= 0 && dy < pixels_h && dx >= 0 && dx < pixels_w) holding[held++] = int32_t(b - first);
-        }
+    constexpr int64_t none = std::numeric_limits<int64_t>::max();
+    int64_t tiles = 0, listed = 0, packed = 0, top = none;
+    for (int64_t b = first; b < first + some; ++b) top = std::min(top, corner[2 * b]);
+    Holding row, holding;
+    for (int64_t y = top; y != none; y = row.next) {
+      hold(first, 0, y, pixels_h, some, [](int64_t i) { return i; }, row);
+      int64_t left = none;
+      for (int64_t i = 0; i < row.count; ++i) left = std::min(left, corner[2 * (first + row.patch[i]) + 1]);
+      for (int64_t x = left; x != none; x = holding.next) {
+        hold(first, 1, x, pixels_w, row.count, [&](int64_t i) { return int64_t(row.patch[i]); }, holding);
+        const int64_t held = holding.count;
         const int64_t split = up(held, most_rows);  // into tiles of near-equal heights
         for (int64_t s = 0, done = 0; s < split; ++s) {
           const int64_t rows = (held - done + split - s - 1) / (split - s);
           Tile& tile = memory.tile[tiles];
           tile.y = int32_t(y), tile.x = int32_t(x), tile.rows = int32_t(rows);
           tile.first = listed, tile.values = packed;
-          std::copy_n(holding + done, rows, tile.patch);
+          std::copy_n(holding.patch + done, rows, tile.patch);
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t* origin = op.out_origin + 2 * (first + tile.patch[r]);
             tile.place[r] = tile.patch[r] * places - origin[0] * op.out.w() - origin[1];
@@ -374,6 +386,7 @@ struct Engine {
           ++tiles;
         }
       }
+    }
     return tiles;
   }
 

@@ -14,6 +14,7 @@
 
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -155,6 +156,8 @@ struct Search {
   int64_t* tap = nullptr;
 
   Search(const ConvStrongest& task, int threads) : task(task), threads(threads) {
+    if (band_rows * width >= int64_t(1) << 31)
+      throw std::invalid_argument("conv_strongest: rows of a map of 2**31 places or more");
     const int64_t found = task.images.n() * bands * padded_units;
     const int64_t filter_bytes = round_up(padded_units * taps * 4, 64), bias_bytes = round_up(padded_units * 4, 64);
     const int64_t found_bytes = round_up(found * 4, 64);

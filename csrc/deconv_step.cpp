@@ -15,6 +15,7 @@
 // whatever the bands, groups of patches and threads, so the bits are always the same.
 #include "deconv_step.h"
 
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -469,8 +470,10 @@ struct Engine {
       const uint8_t tap = taps ? taps[c] : 0;
       value[kept] = value[i];
       channel[kept] = c;
-      kept += *at<uint8_t>(patch.passes, 0, c0 + c, map_y + tap_row[tap],
-                           map_x + tap_column[tap] * pool.dilation[1]) != 0;
+      // A switch that names no place of the map passes nothing: nobody has checked it.
+      const int64_t y = map_y + tap_row[tap], x = map_x + tap_column[tap] * pool.dilation[1];
+      kept += y >= 0 && y < patch.passes.h() && x >= 0 && x < patch.passes.w() &&
+              *at<uint8_t>(patch.passes, 0, c0 + c, y, x) != 0;
     }
     return kept;
   }
@@ -711,6 +714,8 @@ struct Engine {
 
   void operator()(int threads) const {
     const int64_t count = step.signal.n();
+    if (patches_at_once() * larger(slice_places(), slice_entries()) >= int64_t(1) << 31)
+      throw std::invalid_argument("deconv_step: a row of windows that reaches 2**31 places or more");
     // Whole patches where there are enough of them; else bands, whose edges are worked twice.
     const int64_t bands = count >= 2 * threads ? 1 : smaller(step.out.h(), ceil_div(2 * threads, count));
     const int64_t band = ceil_div(step.out.h(), bands);

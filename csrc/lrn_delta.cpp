@@ -1,6 +1,7 @@
 // CPU kernel of lrn_delta: one pass, a pixel's channels at a time. The contract is in the header.
 #include "lrn_delta.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "dispatch.h"
@@ -28,13 +29,21 @@ void inverse_power(T* s, int64_t count, double beta) {
     for (int64_t i = 0; i < count; ++i) s[i] = std::pow(s[i], T(-beta));
 }
 
+// The channels that a sum takes before and after its own: a window may be wider than the map has channels.
+struct Span {
+  int64_t before, after;
+  Span(const Lrn& lrn, int64_t channels)
+      : before(std::min(lrn.size / 2, channels)), after(std::min((lrn.size - 1) / 2, channels)) {}
+};
+
 template <class T>
 void normalise_patch(const Change& change, const Lrn& lrn, int64_t b, char* memory) {
-  const int64_t channels = change.delta.c(), before = lrn.size / 2;
+  const int64_t channels = change.delta.c();
+  const Span span(lrn, channels);
   T* const value = reinterpret_cast<T*>(memory);
-  T* const square = value + channels;  // with `before` zeros ahead and `size` behind
-  T* const scale = square + channels + before + lrn.size;
-  std::memset(square, 0, size_t(channels + before + lrn.size) * sizeof(T));
+  T* const square = value + channels;  // with zeros for the channels before the first and after the last
+  T* const scale = square + channels + span.before + span.after;
+  std::memset(square, 0, size_t(channels + span.before + span.after) * sizeof(T));
   const int64_t* origin = change.origin + 2 * b;
   for (int64_t py = 0; py < change.out.h(); ++py)
     for (int64_t px = 0; px < change.out.w(); ++px) {
@@ -45,10 +54,10 @@ void normalise_patch(const Change& change, const Lrn& lrn, int64_t b, char* memo
       T* out = at_mut<T>(change.out, b, 0, py, px);
       for (int64_t c = 0; c < channels; ++c) {
         value[c] = clean[c] + delta[c];
-        square[before + c] = value[c] * value[c];
+        square[span.before + c] = value[c] * value[c];
       }
       for (int64_t c = 0; c < channels; ++c) scale[c] = 0;
-      for (int64_t i = 0; i < lrn.size; ++i)
+      for (int64_t i = 0; i < span.before + span.after + 1; ++i)
         for (int64_t c = 0; c < channels; ++c) scale[c] += square[c + i];
       for (int64_t c = 0; c < channels; ++c) scale[c] = T(lrn.k) + T(lrn.alpha / double(lrn.size)) * scale[c];
       inverse_power(scale, channels, lrn.beta);
@@ -60,7 +69,8 @@ void normalise_patch(const Change& change, const Lrn& lrn, int64_t b, char* memo
 
 void lrn_delta(const Change& change, const Lrn& lrn, int threads) {
   change.check();
-  const int64_t bytes = (3 * change.delta.c() + 2 * lrn.size) * 8;
+  const Span span(lrn, change.delta.c());
+  const int64_t bytes = (3 * change.delta.c() + span.before + span.after) * 8;
   parallel_for(change.delta.n(), 1, threads, [&](int64_t begin, int64_t end) {
     char* memory = static_cast<char*>(thread_scratch(0, bytes));
     for (int64_t b = begin; b < end; ++b)

@@ -1,5 +1,7 @@
 // Checking and reading switches on the CPU: shared by unpooling, its transpose and the fused deconvnet step.
 #pragma once
+#include <type_traits>
+
 #include "parallel.h"
 #include "simd.h"
 #include "window.h"
@@ -17,7 +19,12 @@ inline bool switch_place(const Window& pool, int64_t oy, int64_t ox, int s, int6
   return *y >= 0 && *y < height && *x >= 0 && *x < width;
 }
 
-// Where each tap of a window lies, from the window's corner, in a map with the given row and column strides.
+// Where each tap of a window lies, from the window's corner, in a map with the given row and column strides. A byte that
+// is no tap is taken for the first one.
+//
+// Switches are checked before they are used, but whoever holds their memory can change it in between. So a window that
+// lies inside the map takes whatever byte it reads, and one at a border looks once more: the worst that another thread
+// can do is a wrong value.
 struct TapOffsets {
   int64_t tap[256] = {};
   int64_t row, column;
@@ -30,6 +37,16 @@ struct TapOffsets {
     return (oy * pool.stride[0] - pool.padding[0]) * row + (ox * pool.stride[1] - pool.padding[1]) * column;
   }
 };
+
+// Calls f(o, checked) for the `count` windows of a row: checked where the window may reach past the map, whose windows
+// inside are those of `inside`, or none where the row itself does (`row_inside` false).
+template <class F>
+inline void windows_of_row(const Range& inside, bool row_inside, int64_t count, const F& f) {
+  const int64_t begin = row_inside ? inside.begin : count, end = row_inside ? inside.end : count;
+  for (int64_t o = 0; o < begin; ++o) f(o, std::true_type{});
+  for (int64_t o = begin; o < end; ++o) f(o, std::false_type{});
+  for (int64_t o = end; o < count; ++o) f(o, std::true_type{});
+}
 
 // Whether the elements fill one stretch of memory, in whatever order.
 inline bool dense(const View& v) {

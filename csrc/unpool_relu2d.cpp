@@ -68,20 +68,25 @@ inline T added(T place, T v) {
 
 template <class S, class T>
 void scatter_plane(const View& y, const View& switches, const Window& pool, const TapOffsets& offsets, int64_t n,
-                   int64_t c, bool last, T* plane) {
-  const int64_t width = y.w(), column = y.stride[3], switch_column = switches.stride[3], step = pool.stride[1];
+                   int64_t c, int64_t map_h, int64_t map_w, bool last, T* plane) {
+  const int64_t column = y.stride[3], switch_column = switches.stride[3], step = pool.stride[1];
+  const Range inside_y = windows_inside(pool, 0, y.h(), map_h), inside_x = windows_inside(pool, 1, y.w(), map_w);
   for (int64_t oy = 0; oy < y.h(); ++oy) {
     const S* values = at<S>(y, n, c, oy, 0);
     const uint8_t* taps = at<uint8_t>(switches, n, c, oy, 0);
-    int64_t corner = offsets.corner(pool, oy, 0);
+    const int64_t corner = offsets.corner(pool, oy, 0);
+    const auto scatter = [&](const auto& put) {
+      windows_of_row(inside_x, oy >= inside_y.begin && oy < inside_y.end, y.w(), [&](int64_t ox, auto checked) {
+        const uint8_t tap = taps[ox * switch_column];
+        int64_t place_y, place_x;
+        if (checked && !switch_place(pool, oy, ox, tap, map_h, map_w, &place_y, &place_x)) return;
+        put(plane[corner + ox * step + offsets.tap[tap]], T(to_compute(values[ox * column])));
+      });
+    };
     if (last)
-      for (int64_t ox = 0; ox < width; ++ox, corner += step)
-        plane[corner + offsets.tap[taps[ox * switch_column]]] = to_compute(values[ox * column]);
+      scatter([](T& place, T v) { place = v; });
     else
-      for (int64_t ox = 0; ox < width; ++ox, corner += step) {
-        T& place = plane[corner + offsets.tap[taps[ox * switch_column]]];
-        place = added(place, T(to_compute(values[ox * column])));
-      }
+      scatter([](T& place, T v) { place = added(place, v); });
   }
 }
 
@@ -97,7 +102,7 @@ void unpool_planes(const View& y, const View& switches, const View& out, const W
     const int64_t n = index / out.c(), c = index % out.c();
     T* plane = direct ? reinterpret_cast<T*>(at_mut<S>(out, n, c, 0, 0)) : scratch;
     std::memset(plane, 0, size_t(places) * sizeof(T));
-    scatter_plane<S>(y, switches, pool, offsets, n, c, last, plane);
+    scatter_plane<S>(y, switches, pool, offsets, n, c, out.h(), out.w(), last, plane);
     if (relu)  // after the sum: what overlapping windows add up to is rectified, not each of them
       for (int64_t i = 0; i < places; ++i) plane[i] = relu_one(plane[i]);
     if (!direct)
@@ -131,25 +136,36 @@ void gather_rows(const View& x, const View& switches, const View& out, const Win
                  int64_t begin, int64_t end) {
   const int64_t outer = by_channel ? out.h() : out.c();
   const TapOffsets offsets(pool, x.stride[2], x.stride[3]);
+  const Range inside_y = windows_inside(pool, 0, out.h(), x.h()), inside_x = windows_inside(pool, 1, out.w(), x.w());
+  const auto row_inside = [&](int64_t oy) { return oy >= inside_y.begin && oy < inside_y.end; };
+  const auto outside = [&](int64_t oy, int64_t ox, uint8_t tap) {
+    int64_t place_y, place_x;
+    return !switch_place(pool, oy, ox, tap, x.h(), x.w(), &place_y, &place_x);
+  };
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / outer, first = index % outer;
     if (by_channel) {
-      for (int64_t ox = 0; ox < out.w(); ++ox) {
+      const S* map = at<S>(x, n, 0, 0, 0);
+      windows_of_row(inside_x, row_inside(first), out.w(), [&](int64_t ox, auto checked) {
         const uint8_t* taps = at<uint8_t>(switches, n, 0, first, ox);
-        const S* map = at<S>(x, n, 0, 0, 0);
         const int64_t corner = offsets.corner(pool, first, ox);
         S* p = at_mut<S>(out, n, 0, first, ox);
-        for (int64_t c = 0; c < out.c(); ++c) p[c] = map[corner + offsets.tap[taps[c]] + c];
-      }
+        for (int64_t c = 0; c < out.c(); ++c) {
+          const uint8_t tap = taps[c];
+          p[c] = checked && outside(first, ox, tap) ? S{} : map[corner + offsets.tap[tap] + c];
+        }
+      });
     } else {
       const int64_t column = out.stride[3], switch_column = switches.stride[3], step = pool.stride[1] * x.stride[3];
+      const S* map = at<S>(x, n, first, 0, 0);
       for (int64_t oy = 0; oy < out.h(); ++oy) {
         const uint8_t* taps = at<uint8_t>(switches, n, first, oy, 0);
-        const S* map = at<S>(x, n, first, 0, 0);
-        int64_t corner = offsets.corner(pool, oy, 0);
+        const int64_t corner = offsets.corner(pool, oy, 0);
         S* p = at_mut<S>(out, n, first, oy, 0);
-        for (int64_t ox = 0; ox < out.w(); ++ox, corner += step)
-          p[ox * column] = map[corner + offsets.tap[taps[ox * switch_column]]];
+        windows_of_row(inside_x, row_inside(oy), out.w(), [&](int64_t ox, auto checked) {
+          const uint8_t tap = taps[ox * switch_column];
+          p[ox * column] = checked && outside(oy, ox, tap) ? S{} : map[corner + ox * step + offsets.tap[tap]];
+        });
       }
     }
     if (last) {

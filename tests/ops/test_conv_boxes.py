@@ -10,7 +10,7 @@ import torch
 from running import present, running_on
 
 from zfcore import reference
-from zfcore.errors import DeviceError, DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from zfcore.ops.conv_boxes import conv_boxes
 from zfcore.ops.conv_delta import ConvChange, Limits, Places, conv_delta, delta_filters
 from zfcore.ops.paste_boxes import paste_boxes
@@ -111,7 +111,7 @@ def test_no_boxes():
         ("change", lambda c: c.change[0], DtypeError, "expected float32 or float64"),
         ("change", lambda c: c.change.double(), ShapeError, "expected the changes' torch.float64"),
         ("change", lambda c: c.change[:, :0], ShapeError, "expected none of 0"),
-        ("patch", lambda c: (0, 3), ShapeError, r"patches of \(0, 3\)"),
+        ("patch", lambda c: (0, 3), ArgumentError, r"patch=\(0, 3\): expected at least 1"),
         ("boxes", lambda c: c.boxes[:, :3], ShapeError, "boxes of torch.int64"),
         ("boxes", lambda c: c.boxes.int(), ShapeError, "boxes of torch.int32"),
         ("boxes", lambda c: c.boxes.to("meta"), DeviceError, "boxes on meta"),

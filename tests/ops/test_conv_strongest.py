@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from running import present, running_on
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError, UnitNotFound
+from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnitNotFound
 from zfcore.ops.conv_strongest import conv_strongest
 
 NAN, INF = torch.nan, torch.inf
@@ -226,10 +226,10 @@ def test_nothing_to_do(shape):
         (dict(units=torch.tensor([4])), UnitNotFound, "units 4 to 4: expected 0 to 3"),
         (dict(units=torch.tensor([1, -1])), UnitNotFound, "units -1 to 1: expected 0 to 3"),
         (dict(conv=((3, 2), (1, 1), (0, 0), (1, 1))), ShapeError, "expected the weight's kernel"),
-        (dict(conv=((3, 3), (1, 0), (0, 0), (1, 1))), ShapeError, "expected the weight's kernel"),
-        (dict(conv=((3, 3), (1, 1), (0, -1), (1, 1))), ShapeError, "expected the weight's kernel"),
-        (dict(conv=((3, 3), (1, 1), (0, 0), (1, 0))), ShapeError, "expected the weight's kernel"),
-        (dict(size=(0, 7)), ShapeError, "a size it gives"),
+        (dict(conv=((3, 3), (1, 0), (0, 0), (1, 1))), ArgumentError, r"conv stride=\(1, 0\): expected at least 1"),
+        (dict(conv=((3, 3), (1, 1), (0, -1), (1, 1))), ArgumentError, r"conv padding=\(0, -1\): expected at least 0"),
+        (dict(conv=((3, 3), (1, 1), (0, 0), (1, 0))), ArgumentError, r"conv dilation=\(1, 0\): expected at least 1"),
+        (dict(size=(0, 7)), ArgumentError, r"size=\(0, 7\): expected at least 1"),
         (dict(size=(7, 9)), ShapeError, "a size it gives"),
     ],
 )  # fmt: skip

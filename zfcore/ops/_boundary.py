@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from zfcore.errors import ShapeError
+from zfcore.errors import DtypeError, ShapeError
 from zfcore.reference._geometry import (
     Spec,
     Window,
@@ -27,7 +27,15 @@ from zfcore.reference._geometry import (
     pool_window,
     pooled_size,
 )
-from zfcore.reference._params import ConvParams, Pair, PoolParams, overlap_mode
+from zfcore.reference._params import (
+    ConvParams,
+    Pair,
+    PoolParams,
+    conv_params,
+    overlap_mode,
+    pool_params,
+    two,
+)
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
@@ -49,9 +57,40 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def pointer(x: torch.Tensor) -> int:
+    """Where the tensor's values lie; 0 for none of them."""
+    try:
+        found = x.data_ptr()
+    except RuntimeError:  # what transforms and tracers of torch pass around
+        found = 0
+    if not found and x.numel():
+        raise DtypeError(
+            f"a {type(x).__name__} of shape {tuple(x.shape)} has no memory of its own (it was freed, or another object "
+            "holds the values): expected a plain tensor"
+        )
+    return found
+
+
+def span(x: torch.Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and of the one after its last; (0, 0) where there are no values."""
+    if not x.numel() or x.device.type == "meta":
+        return 0, 0
+    first = pointer(x)
+    return first, first + (sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1) * x.itemsize
+
+
 def view(x: torch.Tensor) -> tuple:
     """The tensor as the kernels take it; ``x`` must outlive their use of it."""
-    return x.data_ptr(), _CODES[x.dtype], x.shape, x.stride()
+    code = _CODES.get(x.dtype)
+    if code is None:
+        raise DtypeError(f"a tensor of {x.dtype}: expected one of {', '.join(map(str, _CODES))}")
+    return pointer(x), code, x.shape, x.stride()
+
+
+def dense_view(memory: torch.Tensor, like: torch.Tensor) -> tuple:
+    """Of the dtype and sizes of ``like`` [K, C, kh, kw], contiguous: for what reads no more than these of it."""
+    _, c, h, w = like.shape
+    return pointer(memory), _CODES[like.dtype], like.shape, (c * h * w, h * w, w, 1)
 
 
 def address(x: torch.Tensor | None) -> int:
@@ -60,7 +99,7 @@ def address(x: torch.Tensor | None) -> int:
         return 0
     if not x.is_contiguous():
         raise ShapeError(f"a tensor of shape {tuple(x.shape)} and strides {x.stride()}: expected a contiguous one")
-    return x.data_ptr()
+    return pointer(x)
 
 
 def stream(device: torch.device) -> int:
@@ -78,10 +117,15 @@ def empty(like: torch.Tensor, shape: tuple[int, int, int, int], dtype: torch.dty
 
 @functools.lru_cache(maxsize=4096)
 def pool_plan(x: Spec, pool: PoolParams) -> tuple[tuple, Window]:
-    """The shape of the pooled map and the kernels' window. Checks everything, once for equal arguments."""
+    """The shape of the pooled map and the kernels' window. Checks everything, once for equal arguments.
+
+    The registered ops are called with numbers that nobody has checked: by exported programs, and by hand.
+    """
     check_map("x", x)
+    pool = pool_params(*pool)
     size = tuple(x.shape[2:])
     pooled = pooled_size(size, pool)
+    check_result(x, *x.shape[:2], *pooled)
     return (*x.shape[:2], *pooled), pool_window(size, pooled, pool)
 
 
@@ -91,6 +135,7 @@ def unpool_plan(y: Spec, switches: Spec, pool: PoolParams, size: Pair, overlap: 
     check_map("y", y)
     check_switches(y, switches)
     overlap_mode(overlap)
+    pool, size = pool_params(*pool), two("output_size", size)
     pooled = tuple(y.shape[2:])
     check_unpooled_size(pooled, pool, size)
     check_result(y, *y.shape[:2], *size)
@@ -103,8 +148,10 @@ def gather_plan(x: Spec, switches: Spec, pool: PoolParams, overlap: str) -> Wind
     check_map("x", x)
     check_gather_switches(x, switches)
     overlap_mode(overlap)
+    pool = pool_params(*pool)
     size, pooled = tuple(x.shape[2:]), tuple(switches.shape[2:])
     check_unpooled_size(pooled, pool, size)
+    check_result(x, *switches.shape)
     return pool_window(size, pooled, pool)
 
 
@@ -122,6 +169,8 @@ def step_plan(
     """As ``pool_plan``, of the fused step, with the windows of the pooling and of the convolution."""
     check_map("y", y)
     check_switches(y, switches)
+    pool, conv = pool_params(*pool), conv_params(*conv)
+    unpooled, size = two("unpooled_size", unpooled), two("output_size", size)
     check_weight(y, weight, conv.groups)
     overlap_mode(overlap)
     pooled, kernel = tuple(y.shape[2:]), tuple(weight.shape[2:])

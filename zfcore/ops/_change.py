@@ -5,44 +5,66 @@ from __future__ import annotations
 import torch
 
 from zfcore.errors import DeviceError, DtypeError, ShapeError
-from zfcore.ops import _boundary
+from zfcore.ops import _boundary, _checks
+from zfcore.reference._geometry import check_result
 from zfcore.reference._params import Places
 
 DTYPES = (torch.float32, torch.float64)
 
 
-def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> None:
-    """maps: [N, C, H, W], of one N each, None for one that is not read."""
+def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> tuple:
+    """All of them, checked; maps: [N, C, H, W], of one N each, None for one that is not read."""
+    delta = _checks.tensor("delta", delta)
     if delta.dim() != 4 or delta.dtype not in DTYPES:
         raise DtypeError(f"delta of {delta.dtype} {tuple(delta.shape)}: expected float32 or float64 [B, C, h, w]")
-    if 0 in delta.shape[1:] or 0 in places.size:
-        raise ShapeError(f"delta of {tuple(delta.shape)}, a result of {tuple(places.size)}: expected none of 0")
+    if 0 in delta.shape[1:]:
+        raise ShapeError(f"delta of {tuple(delta.shape)}: expected none of 0")
     b = len(delta)
-    check_indices(
-        delta.device,
-        ("image", places.image, (b,)),
-        ("origin", places.origin, (b, 2)),
-        ("out_origin", places.out_origin, (b, 2)),
-    )
+    places = check_places(places, delta.device, b)
+    checked = []
     for clean in maps:
+        clean = _checks.optional("maps", clean, delta.device)
+        checked.append(clean)
         if clean is None:
             continue
         if clean.dim() != 4 or clean.dtype != delta.dtype:
             raise ShapeError(f"maps of {clean.dtype} {tuple(clean.shape)}: expected {delta.dtype} [N, C, H, W]")
-        if clean.device != delta.device:
-            raise DeviceError(f"maps on {clean.device}: expected {delta.device}, where delta is")
         # On a GPU it would have to be waited for; the kernels there look themselves.
         if b and delta.device.type == "cpu" and not 0 <= int(places.image.min()) <= int(places.image.max()) < len(clean):
             raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
+    return delta, places, *checked
 
 
-def check_indices(device: torch.device, *indices: tuple[str, torch.Tensor, tuple[int, ...]]) -> None:
-    """Each with its name and shape."""
-    for name, value, shape in indices:
-        if tuple(value.shape) != shape or value.dtype != torch.int64:
-            raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
-        if value.device != device:
-            raise DeviceError(f"{name} on {value.device}: expected {device}, where the maps are")
+def check_places(places: Places, device: torch.device, b: int) -> Places:
+    """``places`` of ``b`` patches, checked but for whether they lie inside their maps."""
+    _checks.record("places", places, Places)
+    return Places(
+        check_index("image", places.image, device, (b,)),
+        check_index("origin", places.origin, device, (b, 2)),
+        check_index("out_origin", places.out_origin, device, (b, 2)),
+        _checks.pair("places.size", places.size, 1, _checks.MOST_PIXELS),
+    )
+
+
+def check_index(name: str, value: torch.Tensor, device: torch.device, shape: tuple[int, ...]) -> torch.Tensor:
+    """``value`` when it is of int64 and of that shape."""
+    value = _checks.tensor(name, value)
+    if tuple(value.shape) != shape or value.dtype != torch.int64:
+        raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
+    if value.device != device:
+        raise DeviceError(f"{name} on {value.device}: expected {device}, where the maps are")
+    return value
+
+
+def check_out(
+    out: torch.Tensor | None, like: torch.Tensor, channels: int, places: Places, *read: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``out`` when the result fits it, channels last; read: what it must not share memory with."""
+    shape = (len(places.image), channels, *places.size)
+    if out is None:
+        check_result(like, *shape)
+        return None
+    return _checks.result(out, like, shape, *read, last=True)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -50,13 +72,11 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty(delta: torch.Tensor, channels: int, places: Places, out: torch.Tensor | None) -> torch.Tensor:
-    """The result's memory, of delta's dtype and where it is: ``out`` where that fits."""
+    """The result's memory, of delta's dtype and where it is: ``out``, or fresh."""
+    if out is not None:
+        return out
     shape = (len(places.image), channels, *places.size)
-    if out is None:
-        return torch.empty(shape, dtype=delta.dtype, device=delta.device, memory_format=torch.channels_last)
-    if tuple(out.shape) != shape or out.dtype != delta.dtype or out.stride(1) != 1:
-        raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {delta.dtype} {shape}, channels last")
-    return out
+    return torch.empty(shape, dtype=delta.dtype, device=delta.device, memory_format=torch.channels_last)
 
 
 def native_change(

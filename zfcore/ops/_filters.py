@@ -19,7 +19,7 @@ from zfcore.ops._library import native
 
 
 class _Kept(NamedTuple):
-    hash: int
+    hash: tuple  # of the weight and of its scale
     packed: object
 
 
@@ -62,10 +62,10 @@ def _packed(weight: torch.Tensor, scale: torch.Tensor | None, way: tuple, pack: 
 def _looked_up(weight: torch.Tensor, scale: torch.Tensor | None, way: tuple, pack: Callable) -> object:
     """As `_packed`, with the weight looked at."""
     dense = weight.detach().contiguous()
-    digest = native.hash_bytes(_boundary.address(dense), dense.nbytes, _boundary.threads())
+    digest = (native.hash_bytes(_boundary.address(dense), dense.nbytes, _boundary.threads()),)
     if scale is not None:
         scale = scale.detach().to(dense.dtype if dense.dtype == torch.float64 else torch.float32).contiguous()
-        digest ^= native.hash_bytes(_boundary.address(scale), scale.nbytes, 1) << 64
+        digest += (native.hash_bytes(_boundary.address(scale), scale.nbytes, 1),)
     way = (native.cpu_isa(), tuple(dense.shape), dense.dtype, scale is not None, *way)
     key = id(weight)
     with _lock:
@@ -110,6 +110,14 @@ def pack_for_delta(
         view, _boundary.address(scale), _boundary.address(filters), groups, narrow, _boundary.threads()
     )
     return filters, finite
+
+
+def is_packing(packed: torch.Tensor, weight: torch.Tensor, groups: int, narrow: bool) -> bool:
+    """Whether there is as much of it as `pack_for_delta` makes of that weight; that it was made of it, nobody can see."""
+    if not isinstance(packed, torch.Tensor) or packed.device.type != "cpu" or not packed.is_contiguous():
+        return False
+    view = _boundary.dense_view(packed, weight)
+    return packed.nbytes == native.delta_filters_bytes_cpu(view, groups, narrow)
 
 
 def for_delta(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from zfcore.errors import DtypeError, ShapeError
-from zfcore.ops import _change
+from zfcore.ops import _change, _checks
 from zfcore.ops._library import choosing, triton_kernel
 from zfcore.ops.conv_delta import ConvChange, DeltaFilters, check_filters, conv_delta, for_triton, is_depthwise
-from zfcore.ops.paste_boxes import paste_boxes
+from zfcore.ops.paste_boxes import check_boxes, paste_boxes
+from zfcore.reference._geometry import check_result
 from zfcore.reference._params import Pair, Places
 
 
@@ -66,25 +67,21 @@ def conv_boxes(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
+    change = _checks.tensor("change", change)
     if change.dim() != 4 or change.dtype not in _change.DTYPES:
         raise DtypeError(f"change of {change.dtype} {tuple(change.shape)}: expected float32 or float64 [N, C, H, W]")
-    patch = tuple(patch)
-    if 0 in change.shape[1:] or min(*patch, *places.size) < 1:
-        raise ShapeError(
-            f"change of {tuple(change.shape)}, patches of {patch}, a result of {tuple(places.size)}: expected none of 0"
-        )
-    b = len(places.image)
-    _change.check_indices(
-        change.device,
-        ("image", places.image, (b,)),
-        ("origin", places.origin, (b, 2)),
-        ("out_origin", places.out_origin, (b, 2)),
-        ("boxes", boxes, (b, 4)),
-    )
-    check_filters(change, filters, step, clean)
-    if clean is not None and (clean.dtype != change.dtype or clean.device != change.device or len(clean) != len(change)):
+    if 0 in change.shape[1:]:
+        raise ShapeError(f"change of {tuple(change.shape)}: expected none of 0")
+    patch = _checks.pair("patch", patch, 1, _checks.MOST_PIXELS)
+    boxes = check_boxes(boxes, change.device)
+    places = _change.check_places(places, change.device, len(boxes))
+    clean = _checks.optional("clean", clean, change.device)
+    filters, step = check_filters(change, filters, step, clean)
+    if clean is not None and (clean.dtype != change.dtype or len(clean) != len(change)):
         raise ShapeError(
             f"clean of {clean.dtype} {tuple(clean.shape)} on {clean.device}: expected {change.dtype}, {len(change)} maps, on "
             f"{change.device}"
         )
+    check_result(change, len(boxes), change.size(1), *patch)
+    out = _change.check_out(out, change, len(filters.weight), places, change, clean)
     return _run(change, boxes, patch, filters, step, places, clean, out)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from zfcore import reference
 from zfcore.errors import ArgumentError, DtypeError, ShapeError
-from zfcore.ops import _boundary, _change, _filters
+from zfcore.ops import _boundary, _change, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._params import ConvChange, Limits, Places
+from zfcore.ops.relu_delta import check_rectifier
+from zfcore.reference._params import INT32_MAX, ConvChange, Limits, Places, integer, is_sequence, show
 
 PRECISIONS = ("exact", "tf32", "bf16")  # of products; sums are float32 and wider
 KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
 SLICE_BYTES = 64 * 2**20
+MOST_TABLE = 2**27  # of where each tap of each pixel of an axis leads, which the CPU's kernel keeps
 
 
 class DeltaFilters(NamedTuple):
@@ -102,13 +105,24 @@ def delta_filters(
             has a filter of its own, all are. Sums stay in float32.
     """
     if precision not in PRECISIONS:
-        raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
+        raise ArgumentError(f"precision: {show(precision)}; expected one of {PRECISIONS}")
+    plain = _checks.tensor("weight", weight)
+    scale = _checks.optional("scale", scale, plain.device)
     if weight.dtype not in _change.DTYPES or 0 in weight.shape:
         raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
     if precision != "exact" and weight.dtype != torch.float32:
         raise DtypeError(f"weight of {weight.dtype}: expected float32 to be rounded to {precision}")
+    if shape is not None and (not is_sequence(shape) or any(type(n) is not int or n < 1 for n in shape)):
+        raise ArgumentError(f"shape={show(shape)}: expected (K, C / groups, kh, kw), none under 1")
     shape = tuple(weight.shape) if shape is None else tuple(shape)
-    return _prepare(weight, scale, shape, groups, "exact" if is_depthwise(shape, groups) else precision)
+    if len(shape) != 4 or math.prod(shape) != weight.numel():
+        raise ShapeError(f"weight of {tuple(weight.shape)}, shape={show(shape)}: expected [K, C / groups, kh, kw]")
+    if scale is not None and tuple(scale.shape) != shape[:1]:
+        raise ShapeError(f"scale of {tuple(scale.shape)}: expected [{shape[0]}]")
+    groups = integer("groups", groups, groups, 1, INT32_MAX)
+    if shape[0] % groups:
+        raise ShapeError(f"filters of {shape} in {groups} groups: expected a divisor of {shape[0]}")
+    return _prepare(plain, scale, shape, groups, "exact" if is_depthwise(shape, groups) else precision)
 
 
 def _reference(delta, filters, step, places, clean, out):
@@ -138,8 +152,11 @@ def _by_slices(delta, filters, step, places, clean, out):
 
 
 def _cpu(delta, filters, step, places, clean, out):
+    narrow = filters.precision == "bf16"
     if filters.packed is None or filters.reader != native.cpu_isa():
         return _by_slices(delta, filters, step, places, clean, out)
+    if not _filters.is_packing(filters.packed, filters.weight, step.groups, narrow):
+        raise ShapeError(f"filters.packed: expected what delta_filters packs of {tuple(filters.weight.shape)}")
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
     clean = None if clean is None else _change.channels_last(clean)
@@ -152,11 +169,11 @@ def _cpu(delta, filters, step, places, clean, out):
         _boundary.address(image),
         _boundary.view(out),
         _boundary.address(out_origin),
-        tuple(step.map),
-        tuple(step.above),
-        tuple(map(tuple, step.window)),
+        step.map,
+        step.above,
+        step.window,
         step.groups,
-        filters.precision == "bf16",
+        narrow,
         *step.rectifier,
         _boundary.threads(),
     )
@@ -210,21 +227,43 @@ def _full_layer(delta, filters, step, own, clean, out):
 
 def check_filters(
     change: torch.Tensor, filters: DeltaFilters, step: ConvChange, clean: torch.Tensor | None
-) -> None:
-    """That the filters take what changes, and give what the clean outputs are."""
-    k, c, *kernel = filters.weight.shape
+) -> tuple[DeltaFilters, ConvChange]:
+    """Both, when the filters take what changes, and give what the clean outputs are."""
+    _checks.record("filters", filters, DeltaFilters)
+    _checks.record("step", step, ConvChange)
+    weight = _checks.tensor("filters.weight", filters.weight, change.device)
+    scale = _checks.optional("filters.scale", filters.scale, change.device)
+    if weight.dim() != 4:
+        raise ShapeError(f"filters of {tuple(weight.shape)}: expected [K, C / groups, kh, kw]")
+    k, c, *kernel = weight.shape
+    if scale is not None and tuple(scale.shape) != (k,):
+        raise ShapeError(f"filters.scale of {tuple(scale.shape)}: expected [{k}]")
+    if filters.precision not in PRECISIONS:
+        raise ArgumentError(f"filters.precision={show(filters.precision)}: expected one of {PRECISIONS}")
+    filters = filters._replace(weight=weight, scale=scale)
+    step = ConvChange(
+        _checks.window("step.window", step.window),
+        integer("step.groups", step.groups, step.groups, 1, INT32_MAX),
+        _checks.pair("step.map", step.map, 1, MOST_TABLE // max(1, *kernel)),
+        _checks.pair("step.above", step.above, 1, MOST_TABLE),
+        check_rectifier(step.rectifier),
+    )
     fits = c * step.groups == change.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
     if not fits or filters.groups != step.groups:
         raise ShapeError(
             f"filters of {tuple(filters.weight.shape)} in {filters.groups} groups: they do not take {change.size(1)} "
             f"channels in {step.groups} groups and a window of {step.window[0]}"
         )
-    if min(*step.window[1], *step.window[3]) < 1 or 0 in filters.weight.shape:
-        raise ShapeError(f"a window of {step.window} and filters of {tuple(filters.weight.shape)}: expected none of 0")
-    if filters.weight.dtype != change.dtype:
-        raise ShapeError(f"filters of {filters.weight.dtype}: expected the changes' {change.dtype}")
+    if 0 in weight.shape:
+        raise ShapeError(f"filters of {tuple(weight.shape)}: expected none of 0")
+    if weight.dtype != change.dtype:
+        raise ShapeError(f"filters of {weight.dtype}: expected the changes' {change.dtype}")
+    if filters.finite is False:
+        raise ArgumentError("filters: expected finite ones, since products with a zero may be left out or may not")
     if clean is not None and tuple(clean.shape[1:]) != (k, *step.above):
-        raise ShapeError(f"clean of {tuple(clean.shape)}: expected [N, {k}, *{tuple(step.above)}]")
+        raise ShapeError(f"clean of {tuple(clean.shape)}: expected [N, {k}, *{step.above}]")
+    _checks.reach("step.window", step.above, step.window)
+    return filters, step
 
 
 _run = choosing("conv_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
@@ -258,8 +297,9 @@ def conv_delta(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
-    _change.check(delta, places, clean)
-    check_filters(delta, filters, step, clean)
+    delta, places, clean = _change.check(delta, places, clean)
+    filters, step = check_filters(delta, filters, step, clean)
+    out = _change.check_out(out, delta, len(filters.weight), places, delta, clean)
     return _run(delta, filters, step, places, clean, out)
 
 

@@ -6,14 +6,20 @@ import torch
 
 from zfcore import reference
 from zfcore.errors import DtypeError, ShapeError, UnitNotFound
-from zfcore.ops import _boundary
+from zfcore.ops import _boundary, _checks
+from zfcore.ops._checks import Window
 from zfcore.ops._library import choosing, native
+from zfcore.reference._geometry import check_result
 from zfcore.reference._params import Pair
-
-Window = tuple[Pair, Pair, Pair, Pair]
 
 
 def _check(images, weight, bias, units, conv, size):
+    images = _checks.tensor("images", images)
+    weight = _checks.tensor("weight", weight, images.device)
+    bias = _checks.optional("bias", bias, images.device)
+    units = _checks.tensor("units", units, images.device)
+    conv = _checks.window("conv", conv)
+    size = _checks.pair("size", size, 1, _checks.MOST_PIXELS)
     four = images.dim() == weight.dim() == 4
     if not four or images.size(1) != weight.size(1) or 0 in weight.shape[1:]:
         raise ShapeError(
@@ -35,8 +41,10 @@ def _check(images, weight, bias, units, conv, size):
     for axis in (0, 1):
         k, s, p, d = (value[axis] for value in conv)
         spare = images.shape[2 + axis] + 2 * p - d * (k - 1)  # padding="same" may put one more at the end
-        if k != weight.shape[2 + axis] or min(s, d) < 1 or p < 0 or not 0 <= (size[axis] - 1) * s <= spare:
+        if k != weight.shape[2 + axis] or not (size[axis] - 1) * s <= spare:
             raise ShapeError(f"conv={conv}, size={size}: expected the weight's kernel and a size it gives")
+    check_result(images, len(images), len(units), *size)  # the maps, which are not made but searched
+    return images, weight, bias, units, conv, size
 
 
 def _cpu(images, weight, bias, units, conv, size):
@@ -50,8 +58,8 @@ def _cpu(images, weight, bias, units, conv, size):
         _boundary.address(bias),
         _boundary.address(units),
         len(units),
-        tuple(map(tuple, conv)),
-        tuple(size),
+        conv,
+        size,
         _boundary.address(value),
         _boundary.address(index),
         _boundary.threads(),
@@ -90,5 +98,4 @@ def conv_strongest(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.1.
     """
-    _check(images, weight, bias, units, conv, size)
-    return _run(images, weight, bias, units, conv, size)
+    return _run(*_check(images, weight, bias, units, conv, size))

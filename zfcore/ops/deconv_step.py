@@ -5,53 +5,93 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DeviceError, DtypeError, ShapeError
-from zfcore.ops import _boundary, _filters
+from zfcore.errors import DtypeError, ShapeError
+from zfcore.ops import _boundary, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._geometry import accumulator
-from zfcore.reference._params import Pair, StepParams
+from zfcore.reference._geometry import FLOATS, accumulator, check_result
+from zfcore.reference._params import MAX_TAPS, Pair, StepParams, is_sequence, overlap_mode, show
 
 MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
 MOST_APART = 16  # below, that the Triton kernel writes one by one, where channels are not neighbours
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
+def _check_step(step, channels):
+    """``step`` in plain pairs."""
+    _checks.record("step", step, StepParams)
+    return StepParams(
+        pool=None if step.pool is None else _checks.window("step.pool", step.pool),
+        conv=_checks.window("step.conv", step.conv),
+        groups=_checks.groups(step.groups, channels),
+        map=_checks.pair("step.map", step.map, 1, _checks.MOST_PIXELS),
+        below=_checks.pair("step.below", step.below, 1, _checks.MOST_PIXELS),
+        whole=_checks.flag("step.whole", step.whole),
+        rectify=_checks.flag("step.rectify", step.rectify),
+        overlap=overlap_mode(step.overlap),
+    )
+
+
+def _check_frame(frame, step, origin):
+    """``frame`` when it says where a result of whole maps begins, and how large it is."""
+    if not is_sequence(frame) or len(frame) != 2:
+        raise DtypeError(f"frame={show(frame)}: expected where the result begins, [B, 2], and its size")
+    corner = _checks.tensor("frame", frame[0])
+    if not step.whole or corner.shape != origin.shape or corner.dtype != torch.int64:
+        raise ShapeError(f"frame at {corner.dtype} {tuple(corner.shape)}: expected int64 [B, 2], with step.whole")
+    return _checks.tensor("frame", corner, origin.device), _checks.pair("frame", frame[1], 1, _checks.MOST_PIXELS)
+
+
 def _check(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+    """All of them, as the backends take them."""
+    signal = _checks.tensor("signal", signal)
+    if signal.dim() != 4 or signal.dtype not in FLOATS:
+        raise DtypeError(f"signal of {signal.dtype} {tuple(signal.shape)}: expected a float [B, K, h, w]")
+    device = signal.device
     b, k = signal.shape[:2]
+    if 0 in signal.shape[1:]:
+        raise ShapeError(f"signal of shape {tuple(signal.shape)}: expected no axis of 0 but the batch")
+    step = _check_step(step, k)
+    image = _checks.tensor("image", image, device)
+    origin = _checks.tensor("origin", origin, device)
     if tuple(image.shape) != (b,) or tuple(origin.shape) != (b, 2):
         raise ShapeError(
             f"image of shape {tuple(image.shape)}, origin of shape {tuple(origin.shape)}: expected [{b}] and [{b}, 2]"
         )
     if image.dtype != torch.int64 or origin.dtype != torch.int64:
         raise DtypeError(f"image of {image.dtype}, origin of {origin.dtype}: expected int64")
-    if 0 in signal.shape[1:]:
-        raise ShapeError(f"signal of shape {tuple(signal.shape)}: expected no axis of 0 but the batch")
-    if weight.dim() != 4 or weight.size(0) != k or tuple(weight.shape[2:]) != tuple(step.conv[0]):
+    weight = _checks.tensor("weight", weight, device)
+    if weight.dim() != 4 or weight.size(0) != k or tuple(weight.shape[2:]) != step.conv[0] or weight.size(1) < 1:
         raise ShapeError(f"weight of shape {tuple(weight.shape)}: expected [{k}, C / groups, *{step.conv[0]}]")
     if weight.dtype != signal.dtype:
         raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
     if (switches is None) != (step.pool is None):
         raise ShapeError("switches and step.pool: expected both or neither")
+    if step.pool is not None and step.pool[0][0] * step.pool[0][1] > MAX_TAPS:
+        raise ShapeError(f"step.pool={step.pool}: expected at most {MAX_TAPS} taps")
     # On a GPU the images would have to be waited for; the kernels there look themselves.
-    low, high = (int(end) for end in torch.aminmax(image)) if b and image.device.type != "cuda" else (0, -1)
-    for name, maps, dtype in (("switches", switches, torch.uint8), ("passes", passes, torch.bool)):
-        if maps is None:
+    low, high = (int(end) for end in torch.aminmax(image)) if b and device.type != "cuda" else (0, -1)
+    maps = dict(switches=_checks.optional("switches", switches, device), passes=_checks.optional("passes", passes, device))
+    for name, dtype in (("switches", torch.uint8), ("passes", torch.bool)):
+        if (x := maps[name]) is None:
             continue
-        if maps.dtype != dtype or maps.dim() != 4 or maps.size(1) != k:
-            raise ShapeError(f"{name} of {maps.dtype} {tuple(maps.shape)}: expected {dtype} [N, {k}, H, W]")
-        if low < 0 or high >= len(maps):
-            raise ShapeError(f"image {low} to {high}: expected 0 to {len(maps) - 1}, of {name}")
-    if passes is not None and tuple(passes.shape[2:]) != tuple(step.map):
-        raise ShapeError(f"passes of shape {tuple(passes.shape)}: expected maps of {tuple(step.map)}")
-    if scale is not None and tuple(scale.shape) != (k,):
-        raise ShapeError(f"scale of shape {tuple(scale.shape)}: expected [{k}]")
-    corner = None if frame is None else frame[0]
-    tensors = dict(
-        weight=weight, image=image, origin=origin, switches=switches, passes=passes, scale=scale, frame=corner, out=out
-    )
-    for name, x in tensors.items():
-        if x is not None and x.device != signal.device:
-            raise DeviceError(f"{name} on {x.device}: expected {signal.device}, where the signal is")
+        if x.dtype != dtype or x.dim() != 4 or x.size(1) != k:
+            raise ShapeError(f"{name} of {x.dtype} {tuple(x.shape)}: expected {dtype} [N, {k}, H, W]")
+        if low < 0 or high >= len(x):
+            raise ShapeError(f"image {low} to {high}: expected 0 to {len(x) - 1}, of {name}")
+    if maps["passes"] is not None and tuple(maps["passes"].shape[2:]) != step.map:
+        raise ShapeError(f"passes of shape {tuple(maps['passes'].shape)}: expected maps of {step.map}")
+    scale = _checks.optional("scale", scale, device)
+    if scale is not None and (tuple(scale.shape) != (k,) or not scale.is_floating_point()):
+        raise ShapeError(f"scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
+    frame = None if frame is None else _check_frame(frame, step, origin)
+    places = tuple(signal.shape[2:]) if step.pool is None else _checks.reach("step.pool", tuple(signal.shape[2:]), step.pool)
+    canvas = _checks.reach("step.conv", places, step.conv)
+    shape = _shape(signal, weight, step, frame)
+    check_result(signal, *shape)
+    check_result(signal, shape[1], *canvas)  # what a patch reaches before it is cut
+    if out is not None:
+        out = _checks.result(out, signal, shape, signal, weight, switches, passes)
+    return signal, weight, step, image, origin, *maps.values(), scale, frame, out
 
 
 def _shape(signal, weight, step, frame):
@@ -70,8 +110,7 @@ def _reference(signal, weight, step, image, origin, switches, passes, scale, fra
 
 
 def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out):
-    conv = tuple(map(tuple, step.conv))
-    filters = _filters.for_deconv(weight, scale, conv, step.groups)
+    filters = _filters.for_deconv(weight, scale, step.conv, step.groups)
     out = _empty(signal, weight, step, frame) if out is None else out
     if switches is not None:
         switches = switches.contiguous(memory_format=torch.channels_last)
@@ -89,10 +128,10 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
         _boundary.address(image),
         _boundary.address(origin),
         _boundary.address(corner),
-        tuple(step.map),
-        tuple(step.below),
-        IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
-        conv,
+        step.map,
+        step.below,
+        IDENTITY if step.pool is None else step.pool,
+        step.conv,
         step.groups,
         step.rectify,
         step.overlap == "last",
@@ -161,10 +200,10 @@ def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, o
         _boundary.address(image),
         _boundary.address(origin),
         _boundary.address(corner),
-        tuple(step.map),
-        tuple(step.below),
-        IDENTITY if step.pool is None else tuple(map(tuple, step.pool)),
-        tuple(map(tuple, step.conv)),
+        step.map,
+        step.below,
+        IDENTITY if step.pool is None else step.pool,
+        step.conv,
         step.rectify,
         step.overlap == "last",
         step.whole,
@@ -215,10 +254,4 @@ def deconv_step(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
-    _check(signal, weight, step, image, origin, switches, passes, scale, frame, out)
-    if frame is not None and (not step.whole or frame[0].shape != origin.shape or frame[0].dtype != torch.int64):
-        raise ShapeError(f"frame at {frame[0].dtype} {tuple(frame[0].shape)}: expected int64 [B, 2], with step.whole")
-    shape = _shape(signal, weight, step, frame)
-    if out is not None and (tuple(out.shape) != shape or out.dtype != signal.dtype):
-        raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {signal.dtype} {shape}")
-    return _run(signal, weight, step, image, origin, switches, passes, scale, frame, out)
+    return _run(*_check(signal, weight, step, image, origin, switches, passes, scale, frame, out))

@@ -6,9 +6,9 @@ import torch
 
 from zfcore import reference
 from zfcore.errors import ShapeError
-from zfcore.ops import _boundary, _change
+from zfcore.ops import _boundary, _change, _checks
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._params import Lrn, Places
+from zfcore.reference._params import INT32_MAX, Lrn, Places, integer
 
 
 def _reference(delta, before, after, lrn, places, out):
@@ -58,10 +58,14 @@ def lrn_delta(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, sections 3 and 4.2.
     """
-    _change.check(delta, places, before, after)
-    if before.shape != after.shape or before.size(1) != delta.size(1) or tuple(places.size) != tuple(delta.shape[2:]):
+    delta, places, before, after = _change.check(delta, places, before, after)
+    _checks.record("lrn", lrn, Lrn)
+    size = integer("size", lrn.size, lrn.size, 1, INT32_MAX)
+    lrn = Lrn(size, *(_checks.number(name, getattr(lrn, name)) for name in ("alpha", "beta", "k")))
+    if before.shape != after.shape or before.size(1) != delta.size(1) or places.size != tuple(delta.shape[2:]):
         raise ShapeError(
             f"delta {tuple(delta.shape)}, before {tuple(before.shape)}, after {tuple(after.shape)}, a result of "
             f"{tuple(places.size)}: they do not belong together"
         )
+    out = _change.check_out(out, delta, delta.size(1), places, delta, before, after)
     return _run(delta, before, after, lrn, places, out)

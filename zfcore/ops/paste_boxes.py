@@ -6,7 +6,7 @@ import torch
 
 from zfcore import reference
 from zfcore.errors import DtypeError, ShapeError
-from zfcore.ops import _boundary, _change
+from zfcore.ops import _boundary, _change, _checks
 from zfcore.ops._library import choosing, native
 from zfcore.reference._params import Places
 
@@ -38,6 +38,18 @@ def _cuda(images, fill, boxes, places, out):
 _run = choosing("paste_boxes", {"reference": _reference, "cpu": _cpu, "cuda": _cuda})
 
 
+def check_boxes(boxes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``boxes`` when they are [B, 4] int64."""
+    boxes = _checks.tensor("boxes", boxes)
+    return _change.check_index("boxes", boxes, device, (len(boxes) if boxes.dim() else 0, 4))
+
+
+def _unread(places: Places) -> Places:
+    """``places`` with an out_origin that passes for one: it is not read."""
+    _checks.record("places", places, Places)
+    return places._replace(out_origin=places.origin)
+
+
 def paste_boxes(
     images: torch.Tensor,
     fill: torch.Tensor,
@@ -63,6 +75,8 @@ def paste_boxes(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
+    images = _checks.tensor("images", images)
+    fill = _checks.tensor("fill", fill)
     if images.dim() != 4 or images.dtype not in _change.DTYPES:
         raise DtypeError(f"images of {images.dtype} {tuple(images.shape)}: expected float32 or float64 [N, C, H, W]")
     if fill.shape != images.shape or fill.dtype != images.dtype or fill.device != images.device:
@@ -70,7 +84,7 @@ def paste_boxes(
             f"fill of {fill.dtype} {tuple(fill.shape)} on {fill.device}: expected the images' {images.dtype} "
             f"{tuple(images.shape)} on {images.device}"
         )
-    b = len(places.image)
-    indices = (("image", places.image, (b,)), ("origin", places.origin, (b, 2)), ("boxes", boxes, (b, 4)))
-    _change.check_indices(images.device, *indices)
+    boxes = check_boxes(boxes, images.device)
+    places = _change.check_places(_unread(places), images.device, len(boxes))
+    out = _change.check_out(out, images, images.size(1), places, images, fill)
     return _run(images, fill, boxes, places, out)

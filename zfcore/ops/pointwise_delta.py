@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import ArgumentError, ShapeError
-from zfcore.ops import _boundary, _change
+from zfcore.errors import ArgumentError, DtypeError, ShapeError
+from zfcore.ops import _boundary, _change, _checks
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._params import Places, show
+from zfcore.reference._params import Places, is_sequence, show
 from zfcore.reference.pointwise_delta import FUNCTIONS
 
 _CODES = {name: code for code, name in enumerate(FUNCTIONS)}
@@ -36,6 +36,15 @@ def _triton(change, clean, function, places, out):
 _run = choosing("pointwise_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
+def _check_function(function: tuple[str, float, float]) -> tuple[str, float, float]:
+    words = f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers"
+    if not is_sequence(function) or len(function) != 3 or not isinstance(function[0], str):
+        raise DtypeError(words)
+    if function[0] not in FUNCTIONS:
+        raise ArgumentError(words)
+    return function[0], _checks.number("a", function[1]), _checks.number("b", function[2])
+
+
 def pointwise_delta(
     change: torch.Tensor,
     clean: torch.Tensor,
@@ -61,12 +70,12 @@ def pointwise_delta(
         ShapeError, DtypeError: the arguments do not belong together.
         ValueError: a patch is not inside its map (the CPU's kernel).
     """
-    if function[0] not in FUNCTIONS:
-        raise ArgumentError(f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers")
-    _change.check(change, places, clean)
-    if clean.size(1) != change.size(1) or tuple(places.size) != tuple(change.shape[2:]):
+    function = _check_function(function)
+    change, places, clean = _change.check(change, places, clean)
+    if clean.size(1) != change.size(1) or places.size != tuple(change.shape[2:]):
         raise ShapeError(
             f"change {tuple(change.shape)}, clean {tuple(clean.shape)}, a result of {tuple(places.size)}: they do not "
             "belong together"
         )
+    out = _change.check_out(out, change, change.size(1), places, change, clean)
     return _run(change, clean, function, places, out)

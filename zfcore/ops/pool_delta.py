@@ -6,7 +6,7 @@ import torch
 
 from zfcore import reference
 from zfcore.errors import ShapeError
-from zfcore.ops import _boundary, _change
+from zfcore.ops import _boundary, _change, _checks
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import MAX_TAPS, Pair, Places
 
@@ -19,7 +19,7 @@ def _reference(delta, before, after, window, places, out):
 def _cpu(delta, before, after, window, places, out):
     out = _change.empty(delta, delta.size(1), places, out)
     change, _held = _change.native_change(delta, before, after, places, out)
-    native.pool_delta_cpu(change, tuple(map(tuple, window)), _boundary.threads())
+    native.pool_delta_cpu(change, window, _boundary.threads())
     return out
 
 
@@ -58,7 +58,8 @@ def pool_delta(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
-    _change.check(delta, places, before, after)
+    delta, places, before, after = _change.check(delta, places, before, after)
+    window = _checks.window("window", window)
     if not delta.size(1) == before.size(1) == after.size(1) or len(before) != len(after):
         raise ShapeError(
             f"delta {tuple(delta.shape)}, before {tuple(before.shape)}, after {tuple(after.shape)}: expected as many "
@@ -66,4 +67,6 @@ def pool_delta(
         )
     if window[0][0] * window[0][1] > MAX_TAPS:
         raise ShapeError(f"window of {window[0]}: expected at most {MAX_TAPS} taps")
+    _checks.reach("window", tuple(after.shape[2:]), window)
+    out = _change.check_out(out, delta, delta.size(1), places, delta, before, after)
     return _run(delta, before, after, window, places, out)

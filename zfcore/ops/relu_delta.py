@@ -6,7 +6,7 @@ import torch
 
 from zfcore import reference
 from zfcore.errors import ShapeError
-from zfcore.ops import _boundary, _change
+from zfcore.ops import _boundary, _change, _checks
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import Limits, Places
 
@@ -30,6 +30,12 @@ def _triton(delta, before, rectifier, places, out):
 
 
 _run = choosing("relu_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
+
+
+def check_rectifier(rectifier: Limits) -> Limits:
+    """``rectifier`` as two floats."""
+    _checks.record("rectifier", rectifier, Limits)
+    return Limits(_checks.number("slope", rectifier.slope), _checks.number("upper", rectifier.upper))
 
 
 def relu_delta(
@@ -57,10 +63,12 @@ def relu_delta(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
-    _change.check(delta, places, before)
-    if before.size(1) != delta.size(1) or tuple(places.size) != tuple(delta.shape[2:]):
+    delta, places, before = _change.check(delta, places, before)
+    rectifier = check_rectifier(rectifier)
+    if before.size(1) != delta.size(1) or places.size != tuple(delta.shape[2:]):
         raise ShapeError(
             f"delta {tuple(delta.shape)}, before {tuple(before.shape)}, a result of {tuple(places.size)}: they do not "
             "belong together"
         )
+    out = _change.check_out(out, delta, delta.size(1), places, delta, before)
     return _run(delta, before, rectifier, places, out)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError, UnitNotFound
-from zfcore.ops import _boundary
+from zfcore.errors import DeviceError, DtypeError, ShapeError, UnitNotFound
+from zfcore.ops import _boundary, _checks
 from zfcore.ops._library import choosing, native
+from zfcore.reference._geometry import FLOATS
+
+_CPU = torch.device("cpu")
 
 
 def _cpu(maps, units):
@@ -39,10 +42,14 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.1.
     """
+    maps = _checks.tensor("maps", maps)
+    units = _checks.tensor("units", units)
     if maps.dim() != 4 or 0 in maps.shape[2:]:
         raise ShapeError(f"maps of shape {tuple(maps.shape)}: expected [N, C, H, W], H and W not 0")
-    if not maps.is_floating_point() or units.dtype != torch.int64 or units.dim() != 1:
+    if maps.dtype not in FLOATS or units.dtype != torch.int64 or units.dim() != 1:
         raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
     if len(units) and not 0 <= int(units.min()) <= int(units.max()) < maps.size(1):
         raise UnitNotFound(f"units: {units.tolist()}: expected 0 to {maps.size(1) - 1}")
+    if units.device not in (maps.device, _CPU):
+        raise DeviceError(f"units on {units.device}: expected the CPU or {maps.device}, where maps are")
     return _run(maps, units.to(maps.device, non_blocking=maps.is_cuda))

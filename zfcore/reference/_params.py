@@ -283,6 +283,13 @@ def overlap_mode(overlap: Any) -> str:
     return overlap
 
 
+def two(name: str, value: Sequence[int]) -> Pair:
+    """``value``, whose elements are ints, when there are two of them; that they fit is for others to say."""
+    if len(value) != 2:
+        raise ArgumentError(f"{name}={show(value)}: expected two sizes (H, W)")
+    return tuple(value)
+
+
 def size_pair(output_size: Any) -> Pair:
     """``output_size`` as two sizes (H, W) of at least one pixel."""
     if not is_sequence(output_size):
