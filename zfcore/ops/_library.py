@@ -19,6 +19,9 @@ from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
+from torch._functorch import pyfunctorch
+from torch._subclasses import functional_tensor
+from torch.autograd import forward_ad
 
 from zfcore.errors import ArgumentError, BackendUnavailable
 
@@ -164,11 +167,18 @@ def _learn_plain(device: torch.device) -> None:
             _plain_keys.append(keys)
 
 
+def _differentiates(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether autograd would look at this call: for a gradient, or for a derivative forward, of which it alone knows."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether only the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+    if _differentiates(tensors):
         return False
     for x in tensors:  # a loop, which costs half of all(...)
         if torch._C._dispatch_keys(x) not in _plain_keys:
@@ -234,31 +244,71 @@ def register(
     fake: Callable,
     setup_context: Callable,
     backward: Callable,
+    jvp: Callable,
 ) -> Callable:
-    """Register an op with its kernels by backend, its fake kernel and its gradient; returns the op to call.
+    """Register an op with its kernels by backend, its fake kernel and its derivatives; returns the op to call.
 
     The first ``tensors`` arguments of the schema are tensors, and the first one's device chooses the backend.
-    ``setup_context(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, which runs on the backend that
-    the forward was forced to.
+    ``setup_context(ctx, inputs, output)`` keeps what ``backward(ctx, *grads)`` and ``jvp(ctx, *tangents)`` need, tensors
+    by ``keep(ctx, *tensors)``; both run on the backend that the forward was forced to. Where other ops differentiate
+    them, so do they.
     """
     name = schema.split("(", 1)[0]
     run = choosing(name, kernels)
-
-    def save(ctx, inputs, output):
-        ctx.backend = _choice.name
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, inputs, output)
-
-    def back(ctx, *grads):
-        # The engine runs the backward of CUDA tensors in a thread of its own.
-        with _forced(ctx.backend):
-            return backward(ctx, *grads)
-
     library.define(schema)
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zfcore::{name}", fake, lib=library)
-    torch.library.register_autograd(f"zfcore::{name}", back, setup_context=save, lib=library)
     overload = getattr(torch.ops.zfcore, name).default
+
+    class Differentiable(torch.autograd.Function):
+        """The op under autograd, and under the transforms of torch.func, which need the methods apart."""
+
+        @staticmethod
+        def forward(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.backend = _choice.name
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            # The engine runs the backward of CUDA tensors in a thread of its own.
+            with _forced(ctx.backend):
+                return backward(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            with _forced(ctx.backend):
+                return jvp(ctx, *tangents)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return batched(overload, tensors, info.batch_size, in_dims, args)
+
+    def below(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def differentiate(keyset, *args):
+        if _differentiates(args[:tensors]):
+            return Differentiable.apply(*args)
+        return below(keyset, *args)
+
+    library.impl(name, differentiate, "Autograd", with_keyset=True)
+
+    def transformed(*args):
+        functionalized = _functionalizing()
+        if functionalized is None:
+            return Differentiable.apply(*args)
+        inside = functionalized.unwrap_tensors(args)
+        with functionalized.redispatch_to_next():
+            return functionalized.wrap_tensors(overload(*inside))
+
+    library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")  # where the transforms of torch.func begin
 
     def call(*args):
         if torch.compiler.is_compiling() or not (_can_tell_plain and _is_plain(args[:tensors])):
@@ -266,3 +316,39 @@ def register(
         return run(*args)
 
     return call
+
+
+def _functionalizing():
+    """What wraps tensors for ``torch.func.functionalize``, where that is the transform that runs. The op mutates nothing."""
+    interpreter = pyfunctorch.retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, pyfunctorch.FunctionalizeInterpreter):
+        return None
+    return functional_tensor.FunctorchFunctionalizeAPI(interpreter)
+
+
+def batched(op: Callable, tensors: int, count: int, in_dims: tuple, args: tuple) -> tuple:
+    """An op on maps [N, C, H, W] with one axis more, of ``count``, in those of its first ``tensors`` arguments where
+    in_dims says so: maps are one batch, and filters are taken one after the other. Returns the results, and their axes.
+    """
+    maps = min(tensors, 2)  # what follows are filters, of which all maps of a call share one
+    if all(axis is None for axis in in_dims[maps:tensors]):
+        folded = [_folded(x, axis, count) for x, axis in zip(args[:maps], in_dims, strict=False)]
+        found = op(*folded, *args[maps:])
+        unfold = lambda y: y.unflatten(0, (count, len(y) // count))  # noqa: E731
+        return (tuple(map(unfold, found)), (0,) * len(found)) if isinstance(found, tuple) else (unfold(found), 0)
+    found = []
+    for i in range(count):
+        own = (x if axis is None else x.select(axis, i) for x, axis in zip(args[:tensors], in_dims, strict=False))
+        found.append(op(*own, *args[tensors:]))
+    return torch.stack(found), 0
+
+
+def _folded(x: torch.Tensor, axis: int | None, count: int) -> torch.Tensor:
+    x = x.expand(count, *x.shape) if axis is None else x.movedim(axis, 0)
+    return x.flatten(0, 1)
+
+
+def keep(ctx, *tensors: torch.Tensor) -> None:
+    """Keeps tensors for the backward pass and for the derivative forward."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)

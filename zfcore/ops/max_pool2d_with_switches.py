@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
-from zfcore.ops._library import native, register, triton_kernel
+from zfcore.ops._library import keep, native, register, triton_kernel
 from zfcore.ops.unpool2d import unpool2d_op
 from zfcore.reference._geometry import check_map, check_tensor, pooled_size, spec
 from zfcore.reference._params import PoolParams, pool_params
@@ -71,7 +71,7 @@ def _setup_context(ctx, inputs, output):
     ctx.size = x.shape[2:]
     _, switches = output
     ctx.mark_non_differentiable(switches)
-    ctx.save_for_backward(switches)
+    keep(ctx, switches)
 
 
 def _backward(ctx, grad_y, _):
@@ -81,6 +81,13 @@ def _backward(ctx, grad_y, _):
     return unpool2d_op(grad_y, switches, *ctx.window, ctx.size, "sum"), None, None, None, None, None
 
 
+def _jvp(ctx, x_tangent, *_):
+    if x_tangent is None:
+        return None, None
+    (switches,) = ctx.saved_tensors
+    return torch.ops.zfcore.pool_gather2d.default(x_tangent, switches, *ctx.window, "sum"), None
+
+
 max_pool2d_with_switches_op = register(
     SCHEMA,
     tensors=1,
@@ -88,6 +95,7 @@ max_pool2d_with_switches_op = register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
-from zfcore.ops._library import native, register
+from zfcore.ops._library import keep, native, register
 from zfcore.ops.unpool2d import unpool2d_op
 from zfcore.reference._geometry import (
     check_gather_switches,
@@ -76,7 +77,7 @@ def _cuda(x, switches, *args):
 def _setup_context(ctx, inputs, output):
     x, switches, *ctx.window, ctx.overlap = inputs
     ctx.size = x.shape[2:]
-    ctx.save_for_backward(switches)
+    keep(ctx, switches)
 
 
 def _backward(ctx, grad_out):
@@ -87,6 +88,13 @@ def _backward(ctx, grad_out):
     return grad_x, None, None, None, None, None, None
 
 
+def _jvp(ctx, x_tangent, *_):
+    if x_tangent is None:
+        return None
+    (switches,) = ctx.saved_tensors
+    return torch.ops.zfcore.pool_gather2d.default(x_tangent, switches, *ctx.window, ctx.overlap)
+
+
 pool_gather2d_op = register(
     SCHEMA,
     tensors=2,
@@ -94,6 +102,7 @@ pool_gather2d_op = register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )
 
 

@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
-from zfcore.ops._library import native, register
+from zfcore.ops._library import keep, native, register
 from zfcore.reference._geometry import (
     check_map,
     check_switches,
@@ -83,8 +83,8 @@ def kernels(relu: bool) -> dict:
 
 
 def _setup_context(ctx, inputs, output):
-    _, switches, *ctx.window, _, ctx.overlap = inputs
-    ctx.save_for_backward(switches)
+    _, switches, *ctx.window, ctx.size, ctx.overlap = inputs
+    keep(ctx, switches)
 
 
 def _backward(ctx, grad_out):
@@ -95,6 +95,13 @@ def _backward(ctx, grad_out):
     return grad_y, None, None, None, None, None, None, None
 
 
+def _jvp(ctx, y_tangent, *_):
+    if y_tangent is None:
+        return None
+    (switches,) = ctx.saved_tensors
+    return torch.ops.zfcore.unpool2d.default(y_tangent, switches, *ctx.window, ctx.size, ctx.overlap)
+
+
 unpool2d_op = register(
     "unpool2d" + ARGUMENTS,
     tensors=2,
@@ -102,6 +109,7 @@ unpool2d_op = register(
     fake=fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from zfcore.ops._library import register
+from zfcore.ops._library import keep, register
 from zfcore.ops.unpool2d import ARGUMENTS, fake, kernels, unpool
 
 
 def _setup_context(ctx, inputs, output):
-    _, switches, *ctx.window, _, ctx.overlap = inputs
-    ctx.save_for_backward(switches, output)
+    _, switches, *ctx.window, ctx.size, ctx.overlap = inputs
+    keep(ctx, switches, output)
 
 
 def _backward(ctx, grad_out):
@@ -22,6 +22,14 @@ def _backward(ctx, grad_out):
     return grad_y, None, None, None, None, None, None, None
 
 
+def _jvp(ctx, y_tangent, *_):
+    if y_tangent is None:
+        return None
+    switches, out = ctx.saved_tensors
+    u_tangent = torch.ops.zfcore.unpool2d.default(y_tangent, switches, *ctx.window, ctx.size, ctx.overlap)
+    return torch.ops.aten.threshold_backward.default(u_tangent, out, 0)
+
+
 unpool_relu2d_op = register(
     "unpool_relu2d" + ARGUMENTS,
     tensors=2,
@@ -29,6 +37,7 @@ unpool_relu2d_op = register(
     fake=fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )
 
 

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from zfcore import reference
 from zfcore.errors import DtypeError
 from zfcore.ops import _boundary
-from zfcore.ops._library import library, native, register
+from zfcore.ops._library import keep, library, native, register
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.ops.pool_gather2d import pool_gather2d_op
 from zfcore.ops.unpool_relu2d import unpool_relu2d_op
@@ -136,7 +136,7 @@ def _gpu(y, switches, weight, *args):
 
 def _setup_context(ctx, inputs, output):
     y, switches, weight, *ctx.args = inputs
-    ctx.save_for_backward(y, switches, weight)
+    keep(ctx, y, switches, weight)
 
 
 def _backward(ctx, grad_z):
@@ -152,7 +152,8 @@ def _backward(ctx, grad_z):
             grad_z, weight, None, stride, padding, dilation, False, [0, 0], groups
         )
         # An output padding of a stride or more makes the convolution see more windows than were unpooled.
-        grad_u = grad_u[:, :, : unpooled[0], : unpooled[1]]
+        if tuple(grad_u.shape[2:]) != tuple(unpooled):
+            grad_u = grad_u[:, :, : unpooled[0], : unpooled[1]]
         grad_u = torch.ops.aten.threshold_backward.default(grad_u, u, 0)
         grad_y = pool_gather2d_op(grad_u, switches, *pool, overlap)
     if ctx.needs_input_grad[2]:
@@ -164,6 +165,28 @@ def _backward(ctx, grad_z):
     return grad_y, None, grad_weight, *(None,) * 11
 
 
+def _jvp(ctx, y_tangent, _, weight_tangent, *__):
+    y, switches, weight = ctx.saved_tensors
+    pool, overlap, unpooled = ctx.args[POOL], ctx.args[OVERLAP], ctx.args[UNPOOLED]
+    conv = ConvParams(*ctx.args[CONV])
+    extra = output_padding_of(unpooled, ctx.args[SIZE], conv, weight.shape[2:])
+    u = unpool_relu2d_op(y, switches, *pool, unpooled, overlap)
+    total = None
+    if y_tangent is not None:
+        u_tangent = torch.ops.zfcore.unpool2d.default(y_tangent, switches, *pool, unpooled, overlap)
+        u_tangent = torch.ops.aten.threshold_backward.default(u_tangent, u, 0)
+        total = _filtered(u_tangent, weight, conv, extra)
+    if weight_tangent is not None:
+        by_weight = _filtered(u, weight_tangent, conv, extra)
+        total = by_weight if total is None else total + by_weight
+    return total
+
+
+def _filtered(u, weight, conv, extra):
+    """The transposed convolution, which autograd differentiates."""
+    return F.conv_transpose2d(u, weight, None, conv.stride, conv.padding, extra, conv.groups, conv.dilation)
+
+
 unpool_relu_conv_transpose2d_op = register(
     SCHEMA,
     tensors=3,
@@ -171,6 +194,7 @@ unpool_relu_conv_transpose2d_op = register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )
 
 
