@@ -119,6 +119,8 @@ zf::DeconvStep deconv_step(const TensorTuple& signal, const std::optional<Tensor
   return step;
 }
 
+int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
+
 zf::Overlap overlap(bool last) { return last ? zf::Overlap::last : zf::Overlap::sum; }
 
 zf::Isa isa_of(const std::string& name) {
@@ -181,20 +183,20 @@ PYBIND11_MODULE(_C, m) {
                                            const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;
     zf::check_pool(view(y), view(switches), view(x), window(pool));
-    zf::max_pool2d_with_switches_cpu(view(x), output(y), output(switches), window(pool), threads);
+    zf::max_pool2d_with_switches_cpu(view(x), output(y), output(switches), window(pool), at_least_one(threads));
   });
   m.def("unpool_relu2d_cpu", [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& out,
                                 const WindowTuple& pool, bool relu, bool overlap_last, int threads) {
     py::gil_scoped_release release;
     zf::check_pool(view(y), view(switches), view(out), window(pool));
     return zf::unpool_relu2d_cpu(view(y), view(switches), output(out), window(pool), relu, overlap(overlap_last),
-                                 threads);
+                                 at_least_one(threads));
   });
   m.def("pool_gather2d_cpu", [](const TensorTuple& x, const TensorTuple& switches, const TensorTuple& out,
                                 const WindowTuple& pool, bool overlap_last, int threads) {
     py::gil_scoped_release release;
     zf::check_pool(view(out), view(switches), view(x), window(pool));
-    return zf::pool_gather2d_cpu(view(x), view(switches), output(out), window(pool), overlap(overlap_last), threads);
+    return zf::pool_gather2d_cpu(view(x), view(switches), output(out), window(pool), overlap(overlap_last), at_least_one(threads));
   });
   m.def("unpool_relu_conv_transpose2d_cpu",
         [](const TensorTuple& y, const TensorTuple& switches, const TensorTuple& weight, const TensorTuple& out,
@@ -214,7 +216,7 @@ PYBIND11_MODULE(_C, m) {
           zf::check_same_size(whole.signal, whole.switches);
           return zf::unpool_relu_conv_transpose2d_cpu(view(y), view(switches), view(weight), output(out),
                                                       unpooled.data(), window(pool), window(conv), groups,
-                                                      overlap(overlap_last), threads);
+                                                      overlap(overlap_last), at_least_one(threads));
         });
 
   m.def("deconv_step_cpu",
@@ -229,7 +231,7 @@ PYBIND11_MODULE(_C, m) {
           step.weight = view(weight);
           step.groups = groups;
           zf::check_step_on_cpu(step);
-          zf::deconv_step_cpu(step, threads);
+          zf::deconv_step_cpu(step, at_least_one(threads));
         });
   m.def("strongest_cpu", [](const TensorTuple& maps, uintptr_t units, int64_t count, uintptr_t index, int threads) {
     py::gil_scoped_release release;
@@ -237,7 +239,7 @@ PYBIND11_MODULE(_C, m) {
     zf::check_units(reinterpret_cast<const int64_t*>(units), count, view(maps).n(), view(maps).c(),
                     reinterpret_cast<int64_t*>(index));
     zf::strongest_cpu(view(maps), reinterpret_cast<const int64_t*>(units), count, reinterpret_cast<int64_t*>(index),
-                      threads);
+                      at_least_one(threads));
   });
   m.def("conv_strongest_cpu",
         [](const TensorTuple& images, const TensorTuple& weight, uintptr_t bias, uintptr_t units, int64_t count,
@@ -254,19 +256,21 @@ PYBIND11_MODULE(_C, m) {
           task.value = reinterpret_cast<float*>(value);
           task.index = reinterpret_cast<int64_t*>(index);
           zf::check_conv_strongest(task);
-          zf::conv_strongest_cpu(task, threads);
+          zf::conv_strongest_cpu(task, at_least_one(threads));
         });
   m.def("packed_filters_bytes_cpu", [](const TensorTuple& weight, const WindowTuple& conv, int64_t groups) {
-    zf::check_filters(view(weight), window(conv).kernel, groups);
-    return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, window(conv), groups);
+    const zf::Window geometry = window(conv);
+    zf::check_filters(view(weight), &geometry, groups);
+    return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, geometry, groups);
   });
   m.def("pack_filters_cpu", [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, const WindowTuple& conv,
                                int64_t groups, int threads) {
     py::gil_scoped_release release;
-    zf::check_filters(view(weight), window(conv).kernel, groups);
+    const zf::Window geometry = window(conv);
+    zf::check_filters(view(weight), &geometry, groups);
     zf::require(filters, "packed filters without memory");
     zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), reinterpret_cast<void*>(filters),
-                         window(conv), groups, threads);
+                         window(conv), groups, at_least_one(threads));
   });
   m.def("conv_delta_cpu",
         [](const TensorTuple& delta, uintptr_t origin, uintptr_t filters, const std::optional<TensorTuple>& clean,
@@ -287,7 +291,7 @@ PYBIND11_MODULE(_C, m) {
           op.narrow = narrow;
           op.rectifier = {slope, upper};
           zf::check_conv_delta(op);
-          zf::conv_delta_cpu(op, threads);
+          zf::conv_delta_cpu(op, at_least_one(threads));
         });
   m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups, bool narrow) {
     zf::check_filters(view(weight), nullptr, groups);
@@ -299,43 +303,43 @@ PYBIND11_MODULE(_C, m) {
           zf::check_filters(view(weight), nullptr, groups);
           zf::require(filters, "packed filters without memory");
           return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale),
-                                            reinterpret_cast<void*>(filters), groups, narrow, threads);
+                                            reinterpret_cast<void*>(filters), groups, narrow, at_least_one(threads));
         });
   m.def("pool_delta_cpu", [](const ChangeTuple& c, const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;
     const zf::Change patches = change(c);
     zf::check_pool_change(patches, window(pool));
-    zf::pool_delta_cpu(patches, window(pool), threads);
+    zf::pool_delta_cpu(patches, window(pool), at_least_one(threads));
   });
   m.def("lrn_delta_cpu", [](const ChangeTuple& c, int64_t size, double alpha, double beta, double k, int threads) {
     py::gil_scoped_release release;
     const zf::Change patches = change(c);
     zf::check_lrn(patches, {size, alpha, beta, k});
-    zf::lrn_delta_cpu(patches, {size, alpha, beta, k}, threads);
+    zf::lrn_delta_cpu(patches, {size, alpha, beta, k}, at_least_one(threads));
   });
   m.def("relu_delta_cpu", [](const ChangeTuple& c, double slope, double upper, int threads) {
     py::gil_scoped_release release;
     const zf::Change patches = change(c);
     zf::check_same_patches(patches);
-    zf::relu_delta_cpu(patches, {slope, upper}, threads);
+    zf::relu_delta_cpu(patches, {slope, upper}, at_least_one(threads));
   });
   m.def("pointwise_delta_cpu", [](const ChangeTuple& c, int function, double a, double b, int threads) {
     py::gil_scoped_release release;
     const zf::Change patches = change(c);
     zf::check_same_patches(patches);
-    zf::pointwise_delta_cpu(patches, {static_cast<zf::Function>(function), a, b}, threads);
+    zf::pointwise_delta_cpu(patches, {static_cast<zf::Function>(function), a, b}, at_least_one(threads));
   });
   m.def("paste_boxes_cpu", [](const PasteTuple& op, int threads) {
     py::gil_scoped_release release;
     zf::check_paste(paste(op));
-    zf::paste_boxes_cpu(paste(op), threads);
+    zf::paste_boxes_cpu(paste(op), at_least_one(threads));
   });
   m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
     zf::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
   m.def("hash_bytes", [](uintptr_t data, int64_t bytes, int threads) {
     py::gil_scoped_release release;
-    return zf::hash_bytes(reinterpret_cast<const void*>(data), bytes, threads);
+    return zf::hash_bytes(reinterpret_cast<const void*>(data), bytes, at_least_one(threads));
   });
 
 #if ZF_WITH_CUDA

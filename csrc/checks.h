@@ -32,10 +32,9 @@ inline void require(bool holds, const char* what) {
 // The product of sizes of which none is negative, at most `most`.
 inline int64_t product(std::initializer_list<int64_t> sizes, int64_t most = most_elements) {
   int64_t total = 1;
-  for (int64_t size : sizes) {
-    require(size >= 0, "a size is negative");
+  for (int64_t size : sizes) require(size >= 0, "a size is negative");
+  for (int64_t size : sizes)
     if (size == 0) return 0;
-  }
   for (int64_t size : sizes)
     require(!__builtin_mul_overflow(total, size, &total) && total <= most, "sizes multiply to more than memory holds");
   return total;
@@ -123,12 +122,15 @@ inline int64_t reach_of(const Window& w, int axis, int64_t count) {
   return reach;
 }
 
-// Filters [K, C / groups, kh, kw] for packing.
-inline void check_filters(const View& weight, const int64_t* kernel, int64_t groups) {
-  check_view(weight);
+// Filters [K, C / groups, kh, kw] for packing; conv: of the convolution, null where its geometry plays no part.
+inline void check_filters(const View& weight, const Window* conv, int64_t groups) {
+  check_float(weight);
   check_contiguous(weight);
   require(numel(weight) > 0, "filters without a value");
-  require(!kernel || (weight.size[2] == kernel[0] && weight.size[3] == kernel[1]), "filters of another kernel");
+  for (int axis = 0; conv && axis < 2; ++axis) {
+    require(weight.size[2 + axis] == conv->kernel[axis], "filters of another kernel");
+    reach_of(*conv, axis, 1);
+  }
   check_groups(groups, weight.size[0]);
   product({weight.size[0] + 64, weight.size[1] + 64, weight.size[2], weight.size[3]});
 }
@@ -171,7 +173,7 @@ inline void check_step(const DeconvStep& step, int64_t outputs) {
 
 // The same of what lies in the CPU's memory: a GPU's indices cannot be read here, and its kernels look themselves.
 inline void check_step_on_cpu(const DeconvStep& step) {
-  check_filters(step.weight, step.conv.kernel, step.groups);
+  check_filters(step.weight, &step.conv, step.groups);
   check_same_dtype(step.signal, step.weight);
   require(step.weight.size[0] == step.signal.size[1], "filters of another number of channels");
   check_step(step, product({step.weight.size[1], step.groups}));

@@ -27,11 +27,21 @@ inline bool switch_place(const Window& pool, int64_t oy, int64_t ox, int s, int6
 // can do is a wrong value.
 struct TapOffsets {
   int64_t tap[256] = {};
-  int64_t row, column;
+  int64_t row, column, taps;
+  int64_t pixel_row[256], pixel_column[256];  // of the taps, from the corner
 
-  TapOffsets(const Window& pool, int64_t row_stride, int64_t column_stride) : row(row_stride), column(column_stride) {
-    for (int64_t t = 0; t < pool.taps(); ++t)
-      tap[t] = (t / pool.kernel[1]) * pool.dilation[0] * row + (t % pool.kernel[1]) * pool.dilation[1] * column;
+  TapOffsets(const Window& pool, int64_t row_stride, int64_t column_stride)
+      : row(row_stride), column(column_stride), taps(pool.taps()) {
+    for (int64_t i = 0, t = 0; i < pool.kernel[0]; ++i)
+      for (int64_t j = 0; j < pool.kernel[1]; ++j, ++t) {
+        pixel_row[t] = i * pool.dilation[0];
+        pixel_column[t] = j * pool.dilation[1];
+        tap[t] = pixel_row[t] * row + pixel_column[t] * column;
+      }
+  }
+  // Whether the byte `s` names a place inside the map, for a window whose corner lies at (y, x).
+  bool inside(uint8_t s, int64_t y, int64_t x, int64_t height, int64_t width) const {
+    return s < taps && uint64_t(y + pixel_row[s]) < uint64_t(height) && uint64_t(x + pixel_column[s]) < uint64_t(width);
   }
   int64_t corner(const Window& pool, int64_t oy, int64_t ox) const {
     return (oy * pool.stride[0] - pool.padding[0]) * row + (ox * pool.stride[1] - pool.padding[1]) * column;

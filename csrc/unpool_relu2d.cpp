@@ -74,12 +74,11 @@ void scatter_plane(const View& y, const View& switches, const Window& pool, cons
   for (int64_t oy = 0; oy < y.h(); ++oy) {
     const S* values = at<S>(y, n, c, oy, 0);
     const uint8_t* taps = at<uint8_t>(switches, n, c, oy, 0);
-    const int64_t corner = offsets.corner(pool, oy, 0);
+    const int64_t corner = offsets.corner(pool, oy, 0), top = oy * pool.stride[0] - pool.padding[0];
     const auto scatter = [&](const auto& put) {
       windows_of_row(inside_x, oy >= inside_y.begin && oy < inside_y.end, y.w(), [&](int64_t ox, auto checked) {
         const uint8_t tap = taps[ox * switch_column];
-        int64_t place_y, place_x;
-        if (checked && !switch_place(pool, oy, ox, tap, map_h, map_w, &place_y, &place_x)) return;
+        if (checked && !offsets.inside(tap, top, ox * step - pool.padding[1], map_h, map_w)) return;
         put(plane[corner + ox * step + offsets.tap[tap]], T(to_compute(values[ox * column])));
       });
     };
@@ -139,8 +138,8 @@ void gather_rows(const View& x, const View& switches, const View& out, const Win
   const Range inside_y = windows_inside(pool, 0, out.h(), x.h()), inside_x = windows_inside(pool, 1, out.w(), x.w());
   const auto row_inside = [&](int64_t oy) { return oy >= inside_y.begin && oy < inside_y.end; };
   const auto outside = [&](int64_t oy, int64_t ox, uint8_t tap) {
-    int64_t place_y, place_x;
-    return !switch_place(pool, oy, ox, tap, x.h(), x.w(), &place_y, &place_x);
+    const int64_t top = oy * pool.stride[0] - pool.padding[0], left = ox * pool.stride[1] - pool.padding[1];
+    return !offsets.inside(tap, top, left, x.h(), x.w());
   };
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / outer, first = index % outer;

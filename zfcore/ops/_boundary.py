@@ -39,6 +39,8 @@ from zfcore.reference._params import (
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
+_LOW = 2**40  # below, that an address may be the offset of a part of no memory
+
 _forked = False
 
 
@@ -57,18 +59,27 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def pointer(x: torch.Tensor) -> int:
-    """Where the tensor's values lie; 0 for none of them."""
+def pointer(x: torch.Tensor, name: str = "") -> int:
+    """Where the tensor's values lie; ``name``: of the argument, for the error where they lie nowhere."""
     try:
         found = x.data_ptr()
-    except RuntimeError:  # what transforms and tracers of torch pass around
-        found = 0
-    if not found and x.numel():
-        raise DtypeError(
-            f"a {type(x).__name__} of shape {tuple(x.shape)} has no memory of its own (it was freed, or another object "
-            "holds the values): expected a plain tensor"
-        )
+    except RuntimeError as error:  # what transforms and tracers of torch pass around
+        raise _without_memory(x, name) from error
+    if found < _LOW and is_null(x, found):
+        raise _without_memory(x, name)
     return found
+
+
+def is_null(x: torch.Tensor, address: int) -> bool:
+    """Whether the address of its first value is one in no memory: that of a part of a freed tensor is not 0."""
+    return address == x.storage_offset() * x.itemsize and x.numel() > 0
+
+
+def _without_memory(x: torch.Tensor, name: str = "") -> DtypeError:
+    return DtypeError(
+        f"{name and name + ': '}a {type(x).__name__} of shape {tuple(x.shape)} has no memory of its own (it was freed, or another object holds "
+        "the values): expected a plain tensor"
+    )
 
 
 def span(x: torch.Tensor) -> tuple[int, int]:
@@ -81,10 +92,15 @@ def span(x: torch.Tensor) -> tuple[int, int]:
 
 def view(x: torch.Tensor) -> tuple:
     """The tensor as the kernels take it; ``x`` must outlive their use of it."""
-    code = _CODES.get(x.dtype)
-    if code is None:
-        raise DtypeError(f"a tensor of {x.dtype}: expected one of {', '.join(map(str, _CODES))}")
-    return pointer(x), code, x.shape, x.stride()
+    try:
+        memory, code = x.data_ptr(), _CODES[x.dtype]
+    except RuntimeError as error:
+        raise _without_memory(x) from error
+    except KeyError:
+        raise DtypeError(f"a tensor of {x.dtype}: expected one of {', '.join(map(str, _CODES))}") from None
+    if memory < _LOW and is_null(x, memory):
+        raise _without_memory(x)
+    return memory, code, x.shape, x.stride()
 
 
 def dense_view(memory: torch.Tensor, like: torch.Tensor) -> tuple:

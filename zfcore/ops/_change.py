@@ -12,8 +12,8 @@ from zfcore.reference._params import Places
 DTYPES = (torch.float32, torch.float64)
 
 
-def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> tuple:
-    """All of them, checked; maps: [N, C, H, W], of one N each, None for one that is not read."""
+def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor) -> tuple:
+    """All of them, checked; maps: [N, C, H, W], of one N each."""
     delta = _checks.tensor("delta", delta)
     if delta.dim() != 4 or delta.dtype not in DTYPES:
         raise DtypeError(f"delta of {delta.dtype} {tuple(delta.shape)}: expected float32 or float64 [B, C, h, w]")
@@ -22,15 +22,14 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor | None) -> tu
     b = len(delta)
     places = check_places(places, delta.device, b)
     checked = []
+    low, high = _checks.ends("image", places.image) if maps and delta.device.type == "cpu" else (0, -1)
     for clean in maps:
-        clean = _checks.optional("maps", clean, delta.device)
+        clean = _checks.tensor("maps", clean, delta.device)
         checked.append(clean)
-        if clean is None:
-            continue
         if clean.dim() != 4 or clean.dtype != delta.dtype:
             raise ShapeError(f"maps of {clean.dtype} {tuple(clean.shape)}: expected {delta.dtype} [N, C, H, W]")
         # On a GPU it would have to be waited for; the kernels there look themselves.
-        if b and delta.device.type == "cpu" and not 0 <= int(places.image.min()) <= int(places.image.max()) < len(clean):
+        if low < 0 or high >= len(clean):
             raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
     return delta, places, *checked
 

@@ -11,29 +11,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary
+from zfcore.ops._library import is_plain
 from zfcore.reference._params import Pair, integer, is_sequence, show
 
 MOST = 2**40  # of a window's numbers; sums of products with sizes then fit 64 bits
 MOST_PIXELS = 2**31 - 1  # along an axis: the kernels count in 32 bits
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 Window = tuple[Pair, Pair, Pair, Pair]
 
 
 def tensor(name: str, x: Any, device: torch.device | None = None) -> torch.Tensor:
     """``x`` when it is a dense tensor on ``device``; its negative and conjugate bits are carried out."""
-    if type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg() and (device is None or x.device == device):
-        return x
     if not isinstance(x, torch.Tensor):
         raise DtypeError(f"{name} is a {type(x).__name__}: expected a torch.Tensor")
-    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
-        raise DtypeError(f"{name} is a {kind(x)} tensor: expected a dense one")
+    if not is_plain(x):
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+            raise DtypeError(f"{name} is a {kind(x)} tensor: expected a dense one")
+        if isinstance(x, FakeTensor) or x.is_meta:  # which have no values, and run on what needs none
+            return _placed(name, x, device)
+        x = x.resolve_neg().resolve_conj()
+    _boundary.pointer(x, name)
+    return _placed(name, x, device)
+
+
+def _placed(name: str, x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     if device is not None and x.device != device:
         raise DeviceError(f"{name} on {x.device}: expected {device}, where the others are")
-    return x.resolve_neg().resolve_conj()
+    return x
+
+
+def ends(name: str, values: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest of some ints; 0 and -1 of none."""
+    if not len(values):
+        return 0, -1
+    try:
+        return tuple(int(end) for end in torch.aminmax(values))
+    except (RuntimeError, NotImplementedError) as error:
+        raise DtypeError(f"{name}: a {type(values).__name__} on {values.device}, whose values cannot be read") from error
 
 
 def optional(name: str, x: Any, device: torch.device) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from torch._functorch import pyfunctorch
 from torch._subclasses import functional_tensor
 from torch.autograd import forward_ad
 
-from zfcore.errors import ArgumentError, BackendUnavailable
+from zfcore.errors import ArgumentError, BackendUnavailable, DtypeError
 
 library = torch.library.Library("zfcore", "DEF")
 
@@ -167,23 +167,21 @@ def _learn_plain(device: torch.device) -> None:
             _plain_keys.append(keys)
 
 
-def _differentiates(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether autograd would look at this call: for a gradient, or for a derivative forward, of which it alone knows."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-
-
 def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether only the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
-    if _differentiates(tensors):
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return False
     for x in tensors:  # a loop, which costs half of all(...)
         if torch._C._dispatch_keys(x) not in _plain_keys:
             return False
     return True
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether the tensor is known for one that no subclass, transform, layout or negative bit stands before."""
+    return _can_tell_plain and torch._C._dispatch_keys(x) in _plain_keys
 
 
 def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> Callable:
@@ -208,18 +206,21 @@ def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> 
 
 def choosing(name: str, kernels: Mapping[str, Callable]) -> Callable:
     """The function that runs the kernel of the backend that is forced, or that its first tensor's device chooses."""
-    by_device: dict[str, Callable] = {}
+    by_device: dict[torch.device, Callable] = {}
 
     def run(x, *args):
-        device = x.device
+        try:
+            device = x.device
+        except AttributeError:  # the dispatcher lets None through
+            raise DtypeError(f"{name}: a {type(x).__name__} for a tensor") from None
         if _choice.name is not None:
             refusal = _refusal(_choice.name, name, kernels, device)
             if refusal:
                 raise BackendUnavailable(f"backend {_choice.name!r} cannot run {name} on {device}: {refusal}")
             return kernels[_choice.name](x, *args)
-        kernel = by_device.get(device.type)
+        kernel = by_device.get(device)
         if kernel is None:
-            kernel = by_device[device.type] = _default(name, kernels, device)
+            kernel = by_device[device] = _default(name, kernels, device)
         return kernel(x, *args)
 
     return run
@@ -294,7 +295,8 @@ def register(
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def differentiate(keyset, *args):
-        if _differentiates(args[:tensors]):
+        # Which tensors carry a derivative forward, autograd alone knows.
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:tensors])):
             return Differentiable.apply(*args)
         return below(keyset, *args)
 
@@ -312,6 +314,9 @@ def register(
 
     def call(*args):
         if torch.compiler.is_compiling() or not (_can_tell_plain and _is_plain(args[:tensors])):
+            for x in args[:tensors]:
+                if x.is_nested:  # for which the dispatcher would not get as far as the checks
+                    raise DtypeError(f"{name}: a nested tensor: expected a dense one")
             return overload(*args)
         return run(*args)
 

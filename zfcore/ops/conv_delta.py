@@ -297,7 +297,8 @@ def conv_delta(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """
-    delta, places, clean = _change.check(delta, places, clean)
+    delta, places, *maps = _change.check(delta, places, *([] if clean is None else [clean]))
+    clean = maps[0] if maps else None
     filters, step = check_filters(delta, filters, step, clean)
     out = _change.check_out(out, delta, len(filters.weight), places, delta, clean)
     return _run(delta, filters, step, places, clean, out)

@@ -35,7 +35,7 @@ def _check(images, weight, bias, units, conv, size):
         )
     if units.dim() != 1:
         raise ShapeError(f"units of shape {tuple(units.shape)}: expected [U]")
-    low, high = (int(end) for end in torch.aminmax(units)) if len(units) else (0, -1)
+    low, high = _checks.ends("units", units)
     if low < 0 or high >= len(weight):
         raise UnitNotFound(f"units {low} to {high}: expected 0 to {len(weight) - 1}")
     for axis in (0, 1):

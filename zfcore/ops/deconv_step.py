@@ -69,7 +69,7 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
     if step.pool is not None and step.pool[0][0] * step.pool[0][1] > MAX_TAPS:
         raise ShapeError(f"step.pool={step.pool}: expected at most {MAX_TAPS} taps")
     # On a GPU the images would have to be waited for; the kernels there look themselves.
-    low, high = (int(end) for end in torch.aminmax(image)) if b and device.type != "cuda" else (0, -1)
+    low, high = _checks.ends("image", image) if device.type != "cuda" and (switches, passes) != (None, None) else (0, -1)
     maps = dict(switches=_checks.optional("switches", switches, device), passes=_checks.optional("passes", passes, device))
     for name, dtype in (("switches", torch.uint8), ("passes", torch.bool)):
         if (x := maps[name]) is None:

@@ -48,8 +48,9 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         raise ShapeError(f"maps of shape {tuple(maps.shape)}: expected [N, C, H, W], H and W not 0")
     if maps.dtype not in FLOATS or units.dtype != torch.int64 or units.dim() != 1:
         raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
-    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < maps.size(1):
-        raise UnitNotFound(f"units: {units.tolist()}: expected 0 to {maps.size(1) - 1}")
     if units.device not in (maps.device, _CPU):
         raise DeviceError(f"units on {units.device}: expected the CPU or {maps.device}, where maps are")
+    low, high = _checks.ends("units", units)
+    if low < 0 or high >= maps.size(1):
+        raise UnitNotFound(f"units {low} to {high}: expected 0 to {maps.size(1) - 1}")
     return _run(maps, units.to(maps.device, non_blocking=maps.is_cuda))

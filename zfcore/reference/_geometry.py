@@ -32,7 +32,10 @@ class Spec(NamedTuple):
 
 def spec(x: torch.Tensor) -> Spec:
     """The tensor's ``Spec``."""
-    return Spec(x.shape, x.dtype, x.layout, x.device)
+    try:
+        return Spec(x.shape, x.dtype, x.layout, x.device)
+    except (AttributeError, RuntimeError) as error:  # None, and what has no shape
+        raise DtypeError(f"a {type(x).__name__} without a shape: expected a dense torch.Tensor") from error
 
 
 def check_map(name: str, x: torch.Tensor | Spec) -> None:
