@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
 #include "conv_delta.h"
@@ -37,6 +38,7 @@ namespace {
 using Quad = std::array<int64_t, 4>;
 using Pair = std::array<int64_t, 2>;
 using TensorTuple = std::tuple<uintptr_t, int, Quad, Quad>;
+using Memory = std::pair<uintptr_t, int64_t>;  // packed filters, and their bytes
 using WindowTuple = std::tuple<Pair, Pair, Pair, Pair>;
 
 zf::View view(const TensorTuple& t) {
@@ -117,6 +119,12 @@ zf::DeconvStep deconv_step(const TensorTuple& signal, const std::optional<Tensor
   step.last = overlap_last;
   step.whole = whole;
   return step;
+}
+
+// The filters' memory, of which a kernel takes `bytes`.
+void* packed(const Memory& filters, int64_t bytes) {
+  zf::require(filters.first && filters.second >= bytes, "packed filters in too little memory");
+  return reinterpret_cast<void*>(filters.first);
 }
 
 int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
@@ -221,16 +229,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("deconv_step_cpu",
         [](const TensorTuple& signal, const std::optional<TensorTuple>& switches,
-           const std::optional<TensorTuple>& passes, const TensorTuple& weight, uintptr_t filters,
+           const std::optional<TensorTuple>& passes, const TensorTuple& weight, const Memory& filters,
            const TensorTuple& out, uintptr_t image, uintptr_t origin, uintptr_t frame, const Pair& map, const Pair& below,
            const WindowTuple& pool, const WindowTuple& conv, int64_t groups, bool rectify, bool overlap_last,
            bool whole, int threads) {
           py::gil_scoped_release release;
-          zf::DeconvStep step = deconv_step(signal, switches, passes, filters, output(out), image, origin, frame, map, below,
+          zf::DeconvStep step = deconv_step(signal, switches, passes, filters.first, output(out), image, origin, frame, map, below,
                                             pool, conv, rectify, overlap_last, whole);
           step.weight = view(weight);
           step.groups = groups;
           zf::check_step_on_cpu(step);
+          packed(filters, zf::packed_filters_bytes_cpu(step.weight, step.weight.dtype, step.conv, groups));
           zf::deconv_step_cpu(step, at_least_one(threads));
         });
   m.def("strongest_cpu", [](const TensorTuple& maps, uintptr_t units, int64_t count, uintptr_t index, int threads) {
@@ -263,24 +272,23 @@ PYBIND11_MODULE(_C, m) {
     zf::check_filters(view(weight), &geometry, groups);
     return zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, geometry, groups);
   });
-  m.def("pack_filters_cpu", [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, const WindowTuple& conv,
+  m.def("pack_filters_cpu", [](const TensorTuple& weight, uintptr_t scale, const Memory& filters, const WindowTuple& conv,
                                int64_t groups, int threads) {
     py::gil_scoped_release release;
     const zf::Window geometry = window(conv);
     zf::check_filters(view(weight), &geometry, groups);
-    zf::require(filters, "packed filters without memory");
-    zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), reinterpret_cast<void*>(filters),
-                         window(conv), groups, at_least_one(threads));
+    void* const to = packed(filters, zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, geometry, groups));
+    zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), to, geometry, groups, at_least_one(threads));
   });
   m.def("conv_delta_cpu",
-        [](const TensorTuple& delta, uintptr_t origin, uintptr_t filters, const std::optional<TensorTuple>& clean,
+        [](const TensorTuple& delta, uintptr_t origin, const Memory& filters, const std::optional<TensorTuple>& clean,
            uintptr_t image, const TensorTuple& out, uintptr_t out_origin, const Pair& map, const Pair& above,
            const WindowTuple& conv, int64_t groups, bool narrow, double slope, double upper, int threads) {
           py::gil_scoped_release release;
           zf::ConvDelta op;
           op.delta = view(delta);
           op.origin = reinterpret_cast<const int64_t*>(origin);
-          op.filters = reinterpret_cast<const void*>(filters);
+          op.filters = reinterpret_cast<const void*>(filters.first);
           if (clean) op.clean = view(*clean);
           op.image = reinterpret_cast<const int64_t*>(image);
           op.out = output(out);
@@ -291,6 +299,12 @@ PYBIND11_MODULE(_C, m) {
           op.narrow = narrow;
           op.rectifier = {slope, upper};
           zf::check_conv_delta(op);
+          zf::View weight = op.delta;  // of whose sizes the filters are
+          for (int axis = 0; axis < 4; ++axis)
+            weight.size[axis] = axis == 0   ? op.out.c()
+                                : axis == 1 ? op.delta.c() / groups
+                                            : op.conv.kernel[axis - 2];
+          packed(filters, zf::delta_filters_bytes_cpu(weight, groups, narrow));
           zf::conv_delta_cpu(op, at_least_one(threads));
         });
   m.def("delta_filters_bytes_cpu", [](const TensorTuple& weight, int64_t groups, bool narrow) {
@@ -298,12 +312,12 @@ PYBIND11_MODULE(_C, m) {
     return zf::delta_filters_bytes_cpu(view(weight), groups, narrow);
   });
   m.def("pack_delta_filters_cpu",
-        [](const TensorTuple& weight, uintptr_t scale, uintptr_t filters, int64_t groups, bool narrow, int threads) {
+        [](const TensorTuple& weight, uintptr_t scale, const Memory& filters, int64_t groups, bool narrow, int threads) {
           py::gil_scoped_release release;
           zf::check_filters(view(weight), nullptr, groups);
-          zf::require(filters, "packed filters without memory");
-          return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale),
-                                            reinterpret_cast<void*>(filters), groups, narrow, at_least_one(threads));
+          void* const to = packed(filters, zf::delta_filters_bytes_cpu(view(weight), groups, narrow));
+          return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), to, groups, narrow,
+                                            at_least_one(threads));
         });
   m.def("pool_delta_cpu", [](const ChangeTuple& c, const WindowTuple& pool, int threads) {
     py::gil_scoped_release release;

@@ -228,7 +228,6 @@ inline void check_conv_delta(const ConvDelta& op) {
   const int64_t b = op.delta.size[0];
   require(numel(op.delta) > 0 || b == 0, "changes with an axis of 0");
   require(op.out.size[0] == b, "shapes do not belong together");
-  require(op.filters || b == 0, "filters without memory");
   check_groups(op.groups, op.delta.size[1]);
   check_groups(op.groups, op.out.size[1]);
   check_pixels(op.map);

@@ -103,10 +103,9 @@ def view(x: torch.Tensor) -> tuple:
     return memory, code, x.shape, x.stride()
 
 
-def dense_view(memory: torch.Tensor, like: torch.Tensor) -> tuple:
-    """Of the dtype and sizes of ``like`` [K, C, kh, kw], contiguous: for what reads no more than these of it."""
-    _, c, h, w = like.shape
-    return pointer(memory), _CODES[like.dtype], like.shape, (c * h * w, h * w, w, 1)
+def memory(x: torch.Tensor) -> tuple[int, int]:
+    """Where a contiguous tensor lies, and its bytes; ``x`` must outlive its use."""
+    return address(x), x.nbytes
 
 
 def address(x: torch.Tensor | None) -> int:

@@ -90,7 +90,7 @@ def for_deconv(weight: torch.Tensor, scale: torch.Tensor | None, conv: tuple, gr
         native.pack_filters_cpu(
             _boundary.view(dense),
             _boundary.address(scale),
-            _boundary.address(filters),
+            _boundary.memory(filters),
             conv,
             groups,
             _boundary.threads(),
@@ -107,17 +107,9 @@ def pack_for_delta(
     view = _boundary.view(weight)
     filters = torch.empty(native.delta_filters_bytes_cpu(view, groups, narrow), dtype=torch.uint8, device="cpu")
     finite = native.pack_delta_filters_cpu(
-        view, _boundary.address(scale), _boundary.address(filters), groups, narrow, _boundary.threads()
+        view, _boundary.address(scale), _boundary.memory(filters), groups, narrow, _boundary.threads()
     )
     return filters, finite
-
-
-def is_packing(packed: torch.Tensor, weight: torch.Tensor, groups: int, narrow: bool) -> bool:
-    """Whether there is as much of it as `pack_for_delta` makes of that weight; that it was made of it, nobody can see."""
-    if not isinstance(packed, torch.Tensor) or packed.device.type != "cpu" or not packed.is_contiguous():
-        return False
-    view = _boundary.dense_view(packed, weight)
-    return packed.nbytes == native.delta_filters_bytes_cpu(view, groups, narrow)
 
 
 def for_delta(

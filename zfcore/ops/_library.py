@@ -310,13 +310,15 @@ def register(
         with functionalized.redispatch_to_next():
             return functionalized.wrap_tensors(overload(*inside))
 
+    def nested(x, *args):
+        raise DtypeError(f"{name}: a nested tensor: expected a dense one")
+
+    for key in ("NestedTensorCPU", "NestedTensorCUDA"):
+        library.impl(name, nested, key)
     library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")  # where the transforms of torch.func begin
 
     def call(*args):
         if torch.compiler.is_compiling() or not (_can_tell_plain and _is_plain(args[:tensors])):
-            for x in args[:tensors]:
-                if x.is_nested:  # for which the dispatcher would not get as far as the checks
-                    raise DtypeError(f"{name}: a nested tensor: expected a dense one")
             return overload(*args)
         return run(*args)
 

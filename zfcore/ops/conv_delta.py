@@ -117,8 +117,8 @@ def delta_filters(
     shape = tuple(weight.shape) if shape is None else tuple(shape)
     if len(shape) != 4 or math.prod(shape) != weight.numel():
         raise ShapeError(f"weight of {tuple(weight.shape)}, shape={show(shape)}: expected [K, C / groups, kh, kw]")
-    if scale is not None and tuple(scale.shape) != shape[:1]:
-        raise ShapeError(f"scale of {tuple(scale.shape)}: expected [{shape[0]}]")
+    if scale is not None and (tuple(scale.shape) != shape[:1] or not scale.is_floating_point()):
+        raise ShapeError(f"scale of {scale.dtype} {tuple(scale.shape)}: expected [{shape[0]}], of a float type")
     groups = integer("groups", groups, groups, 1, INT32_MAX)
     if shape[0] % groups:
         raise ShapeError(f"filters of {shape} in {groups} groups: expected a divisor of {shape[0]}")
@@ -155,8 +155,7 @@ def _cpu(delta, filters, step, places, clean, out):
     narrow = filters.precision == "bf16"
     if filters.packed is None or filters.reader != native.cpu_isa():
         return _by_slices(delta, filters, step, places, clean, out)
-    if not _filters.is_packing(filters.packed, filters.weight, step.groups, narrow):
-        raise ShapeError(f"filters.packed: expected what delta_filters packs of {tuple(filters.weight.shape)}")
+    packed = _checks.tensor("filters.packed", filters.packed, delta.device)
     out = _change.empty(delta, len(filters.weight), places, out)
     delta = _change.channels_last(delta)
     clean = None if clean is None else _change.channels_last(clean)
@@ -164,7 +163,7 @@ def _cpu(delta, filters, step, places, clean, out):
     native.conv_delta_cpu(
         _boundary.view(delta),
         _boundary.address(origin),
-        _boundary.address(filters.packed),
+        _boundary.memory(packed),
         None if clean is None else _boundary.view(clean),
         _boundary.address(image),
         _boundary.view(out),
@@ -236,8 +235,8 @@ def check_filters(
     if weight.dim() != 4:
         raise ShapeError(f"filters of {tuple(weight.shape)}: expected [K, C / groups, kh, kw]")
     k, c, *kernel = weight.shape
-    if scale is not None and tuple(scale.shape) != (k,):
-        raise ShapeError(f"filters.scale of {tuple(scale.shape)}: expected [{k}]")
+    if scale is not None and (tuple(scale.shape) != (k,) or not scale.is_floating_point()):
+        raise ShapeError(f"filters.scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
     if filters.precision not in PRECISIONS:
         raise ArgumentError(f"filters.precision={show(filters.precision)}: expected one of {PRECISIONS}")
     filters = filters._replace(weight=weight, scale=scale)

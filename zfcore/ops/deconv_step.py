@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._geometry import FLOATS, accumulator, check_result
-from zfcore.reference._params import MAX_TAPS, Pair, StepParams, is_sequence, overlap_mode, show
+from zfcore.reference._geometry import FLOATS, accumulator, check_result, check_unpooled_size
+from zfcore.reference._params import MAX_TAPS, Pair, PoolParams, StepParams, is_sequence, overlap_mode, show
 
 MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
 MOST_APART = 16  # below, that the Triton kernel writes one by one, where channels are not neighbours
@@ -68,6 +68,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
         raise ShapeError("switches and step.pool: expected both or neither")
     if step.pool is not None and step.pool[0][0] * step.pool[0][1] > MAX_TAPS:
         raise ShapeError(f"step.pool={step.pool}: expected at most {MAX_TAPS} taps")
+    if step.pool is not None and any(p > k // 2 for k, p in zip(step.pool[0], step.pool[2], strict=True)):
+        raise ArgumentError(f"step.pool={step.pool}: expected a padding of at most half the kernel")
     # On a GPU the images would have to be waited for; the kernels there look themselves.
     low, high = _checks.ends("image", image) if device.type != "cuda" and (switches, passes) != (None, None) else (0, -1)
     maps = dict(switches=_checks.optional("switches", switches, device), passes=_checks.optional("passes", passes, device))
@@ -78,6 +80,8 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
             raise ShapeError(f"{name} of {x.dtype} {tuple(x.shape)}: expected {dtype} [N, {k}, H, W]")
         if low < 0 or high >= len(x):
             raise ShapeError(f"image {low} to {high}: expected 0 to {len(x) - 1}, of {name}")
+    if step.pool is not None:
+        check_unpooled_size(tuple(maps["switches"].shape[2:]), PoolParams(*step.pool), step.map)
     if maps["passes"] is not None and tuple(maps["passes"].shape[2:]) != step.map:
         raise ShapeError(f"passes of shape {tuple(maps['passes'].shape)}: expected maps of {step.map}")
     scale = _checks.optional("scale", scale, device)
@@ -123,7 +127,7 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
         None if switches is None else _boundary.view(switches),
         None if passes is None else _boundary.view(passes),
         _boundary.view(weight.detach()),
-        _boundary.address(filters),
+        _boundary.memory(filters),
         _boundary.view(out),
         _boundary.address(image),
         _boundary.address(origin),

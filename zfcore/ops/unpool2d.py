@@ -16,7 +16,7 @@ from zfcore.reference._geometry import (
     spec,
     unpooled_size,
 )
-from zfcore.reference._params import PoolParams, overlap_mode, pool_params, size_pair
+from zfcore.reference._params import PoolParams, overlap_mode, pool_params, size_pair, two
 
 ARGUMENTS = (
     "(Tensor y, Tensor switches, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
@@ -37,7 +37,7 @@ def fake(y, switches, kernel_size, stride, padding, dilation, output_size, overl
     check_switches(y, switches)
     overlap_mode(overlap)
     pool = pool_params(kernel_size, stride, padding, dilation)
-    check_unpooled_size(y.shape[2:], pool, output_size)
+    check_unpooled_size(y.shape[2:], pool, two("output_size", output_size))
     return _boundary.empty(y, (y.size(0), y.size(1), *output_size), y.dtype)
 
 

@@ -35,6 +35,7 @@ from zfcore.reference._params import (
     pool_params,
     show,
     size_pair,
+    two,
 )
 
 SCHEMA = (
@@ -56,7 +57,8 @@ def _fake(y, switches, weight, *args):
     pool, conv = pool_params(*args[POOL]), conv_params(*args[CONV])
     check_weight(y, weight, conv.groups)
     overlap_mode(args[OVERLAP])
-    check_conv_transposed_size(y.shape[2:], pool, conv, weight.shape[2:], args[UNPOOLED], args[SIZE])
+    unpooled, size = two("unpooled_size", args[UNPOOLED]), two("output_size", args[SIZE])
+    check_conv_transposed_size(y.shape[2:], pool, conv, weight.shape[2:], unpooled, size)
     return _boundary.empty(y, _shape(y, weight, conv.groups, args[SIZE]), y.dtype)
 
 

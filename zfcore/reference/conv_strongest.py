@@ -17,6 +17,8 @@ def conv_strongest(images, weight, bias, units, conv, size):
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.1.
     """
     _, stride, (top, left), dilation = conv
+    if not len(units):
+        return units.new_zeros((len(images), 0)), images.new_zeros((len(images), 0))
     images = F.pad(images, (left, left + 1, top, top + 1))
     maps = F.conv2d(images, weight[units], None if bias is None else bias[units], stride, 0, dilation)
     maps = maps[:, :, : size[0], : size[1]]

@@ -23,4 +23,5 @@ def rectified(x, change, f: Limits):
 
 def _apply(v, f):
     low = torch.where(v < 0, v * f.slope if f.slope else torch.zeros_like(v), v)
-    return torch.where(low > f.upper, torch.full_like(low, f.upper), low)
+    upper = torch.tensor(f.upper, dtype=low.dtype, device=low.device)
+    return torch.where(low > upper, upper, low)
