@@ -188,22 +188,29 @@ def _lost(own: Tensor, given: Tensor) -> str:
         return ""
     if _kind(own) != _kind(given):
         return f"has dtype {given.dtype}, expected {own.dtype}"
-    cast = given.to(own.dtype)
     if _kind(own) == "whole":
-        kept = torch.equal(cast.to(given.dtype), given) and bool(((cast < 0) == (given < 0)).all())
+        limits, numbers = torch.iinfo(own.dtype), given.cpu().numpy()  # torch compares no unsigned ones
+        kept = not numbers.size or limits.min <= int(numbers.min()) <= int(numbers.max()) <= limits.max
     else:
-        kept = not (_finite(given) & ~_finite(cast)).any()
+        limits = torch.finfo(own.dtype)
+        # Some dtypes of eight bits have their largest number for what is larger.
+        past = _readable(given).abs() > limits.max * (1 + limits.eps)
+        kept = not (_finite(given) & (past | ~_finite(given.to(own.dtype)))).any()
     return "" if kept else f"has dtype {given.dtype} and numbers that {own.dtype} cannot hold"
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(_readable(tensor))
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.itemsize == 1 else tensor  # torch computes with no dtype of eight bits
 
 
 def _kind(tensor: Tensor) -> str:
     if tensor.dtype is torch.bool:
         return "bool"
     return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
 
 
 def _writing(tensors: Iterable[object]) -> contextlib.AbstractContextManager:
@@ -237,7 +244,7 @@ class _Copies(TorchFunctionMode):
         if span in self.crowded:
             together = [(other, given) for other, given in self.made if Span.of(other).overlaps(span)]
             if not all(_holds(other, given) for other, given in together):
-                self.problems.append(f"{self.names(target)} share memory and were given different values")
+                self.problems.append(f"elements of {self.names(target)} share memory and were given different values")
         return result
 
     def names(self, target: Tensor) -> str:
@@ -259,7 +266,7 @@ class _Before:
         self.tensors = [(each, each.detach(), each.detach().clone()) for each in kept if not _unwritable(each)]
         self.versions = [None if each.is_inference() else each._version for each, _, _ in self.tensors]
         self.extra = [
-            (module, copy.deepcopy(module.get_extra_state()))
+            (module, _own_copy(module.get_extra_state()))
             for module in model.modules()
             if type(module).set_extra_state is not nn.Module.set_extra_state
         ]
@@ -279,6 +286,13 @@ class _Before:
             module.__dict__.update({name: value for name, (value, _) in attributes.items()})
         for module, state in self.extra:
             module.set_extra_state(state)
+
+
+def _own_copy(state: object) -> object:
+    try:
+        return copy.deepcopy(state)
+    except Exception:  # noqa: BLE001 - the class is the user's, and may not be copied
+        return state
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

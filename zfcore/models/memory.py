@@ -31,7 +31,7 @@ def unusable(tensor: Tensor) -> str:
     if not address and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"a {type(tensor).__name__}, which has no memory of its own; expected a plain tensor"
     if not address or held < tensor.storage_offset() * tensor.itemsize + _extent(tensor):
-        return "its memory was freed"
+        return "no memory holds its values: it was freed, or never there"
     return ""
 
 

@@ -17,6 +17,7 @@ import re
 import reprlib
 import secrets
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -154,16 +155,17 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The regular file at the path, looked at after it is open: what lies there may change at any time."""
     try:
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # waits for no pipe
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # waits for no pipe
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         why = "there is no such file" if missing else f"the file cannot be opened: {_short(error)}"
         raise WeightsError(f"weights {str(path)!r}: {why}") from error
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise WeightsError(
-                f"weights {str(path)!r}: there is no such file, but a folder, a pipe or a device of that name"
-            )
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise WeightsError(
+            f"weights {str(path)!r}: there is no such file, but a folder, a pipe or a device of that name"
+        )
+    with open(handle, "rb") as file:
         yield file
 
 
@@ -201,7 +203,8 @@ def _read_pickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict):
         raise WeightsError(f"weights {str(path)!r} hold a {type(state).__name__}; expected a state dict")
-    state = next((state[key] for key in CONTAINERS if isinstance(state.get(key), dict)), state)
+    inside = (dict.get(state, key) for key in CONTAINERS)
+    state = _without_attributes(next((each for each in inside if isinstance(each, dict)), state))
     for name, value in state.items():
         if isinstance(name, str) and name.rpartition(".")[2] == "_extra_state":
             continue
@@ -212,6 +215,21 @@ def _read_pickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
                 + ", ".join(map(repr, CONTAINERS))
             )
     return state
+
+
+def _without_attributes(state: dict) -> OrderedDict:
+    """With the versions of modules only: a pickled ``OrderedDict`` may bring attributes of any name and kind,
+    and torch takes orders from them, such as to put the file's own tensors into the network.
+    """
+    found = OrderedDict(dict.items(state))
+    versions = vars(state).get("_metadata") if isinstance(state, OrderedDict) else None
+    if isinstance(versions, dict):
+        found._metadata = OrderedDict(
+            (path, {"version": each["version"]})
+            for path, each in dict.items(versions)
+            if isinstance(path, str) and isinstance(each, dict) and type(dict.get(each, "version")) is int
+        )
+    return found
 
 
 def _check_model(model: nn.Module) -> None:
