@@ -341,7 +341,7 @@ TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F3
         (safetensors_bytes({"a": described(), "b": described([1], [4, 8])}), "not a readable"),
         (safetensors_bytes({"a": described([1], [4, 8])}), "not a readable"),
         (safetensors_bytes({"a": described([1], [0, 4])}), "8 bytes of tensors, of 4"),
-        (safetensors_bytes({"a": described([2], [0, 2**62])}), "8 bytes of tensors, of 4611686018427387904"),
+        (safetensors_bytes({"a": described([2], [0, 2**62])}), "'a' of shape [2] at bytes 0 to 4611686018427387904"),
         (safetensors_bytes({"a": described([2**62, 4])}), "not a readable"),
         (safetensors_bytes({"a": described(), "b": described([2**63 - 1, 2, 0], [8, 8])}), "unexpected 'a', 'b'"),
         (safetensors_bytes({"a": described([-2])}), "not a readable"),

@@ -31,11 +31,12 @@ def readings(state: Mapping[str, object], own: Collection[str]) -> list[OrderedD
     if len(bare) == len(own):
         # Paths of modules too, for the versions: of modules that wrap each other the innermost.
         paths = {f"{_bare(path)}.": f"{path}." for path in sorted((n.rpartition(".")[0] for n in own), key=len)}
-        changes.append(lambda name: {**bare, **paths}.get(_bare(name), _bare(name)))
+        known = bare | paths
+        changes.append(lambda name: known.get(_bare(name), _bare(name)))
     counter = next(filter(is_counter, own), None)
     found = [_renamed(state, change, counter) for change in changes]
     found = [each for each in found if each is not None]
-    return sorted(found, key=lambda each: -len(each.keys() & set(own)))
+    return sorted(found, key=lambda each: -sum(name in own for name in each))
 
 
 def is_counter(name: str) -> bool:

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -20,7 +21,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -170,20 +171,56 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_safetensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """From memory: of a mapped file that another process shortens the next read would end this one."""
+    """ValueError, or what a damaged header makes of its entries, for what is no safetensors file.
+
+    The bytes are read and not mapped: if another process shortens a mapped file, the next look at it ends this one.
+    """
     size = os.fstat(file.fileno()).st_size
-    head = file.read(8)
-    length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > min(size - 8, _LONGEST_HEADER):
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
         raise ValueError(f"{size} bytes, of a header of {length}")
-    header = file.read(length)
-    described = json.loads(header, object_pairs_hook=_once)
-    ends = [each["data_offsets"][1] for name, each in described.items() if name != "__metadata__"]
-    if max(ends, default=0) != size - 8 - length:  # so no more is read than is needed
-        raise ValueError(f"{size - 8 - length} bytes of tensors, of {max(ends, default=0)}")
-    tensors = safetensors.torch.load(head + header + file.read())
-    tensors = {name: tensors[name] for name in described if name != "__metadata__"}
-    return tensors, dict(described.get("__metadata__") or {})
+    described = json.loads(file.read(length), object_pairs_hook=_once)
+    metadata = described.pop("__metadata__", {})
+    if not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise ValueError("metadata that is not text")
+    size -= 8 + length
+    places = {name: _place(name, each) for name, each in described.items()}
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
+        if place.start != end:
+            raise ValueError(f"{name!r} starts at byte {place.start}, where {end} is next")
+        end = place.end
+    if end != size:  # so no more is read than is needed
+        raise ValueError(f"{size} bytes of tensors, of {end}")
+    data = torch.empty(size, dtype=torch.uint8)
+    if file.readinto(memoryview(data.numpy())) != size:
+        raise ValueError("the file was cut while it was read")
+    return {name: _tensor(data, place) for name, place in places.items()}, metadata
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a file, in bytes after the header."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    end: int
+
+
+def _place(name: str, described: dict) -> _Place:
+    place = _Place(safetensors.torch._TYPES[described["dtype"]], described["shape"], *described["data_offsets"])
+    whole = all(type(each) is int and each >= 0 for each in (*place.shape, place.start, place.end))
+    if not whole or place.end - place.start != math.prod(place.shape) * place.dtype.itemsize:
+        raise ValueError(f"{name!r} of shape {place.shape} at bytes {place.start} to {place.end}")
+    return place
+
+
+def _tensor(data: Tensor, place: _Place) -> Tensor:
+    if place.start == place.end:
+        return torch.empty(place.shape, dtype=place.dtype)
+    values = data[place.start : place.end]
+    aligned = values if place.start % place.dtype.itemsize == 0 else values.clone()
+    return aligned.view(place.dtype).reshape(place.shape)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
