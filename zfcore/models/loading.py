@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from zfcore.errors import WeightsError
-from zfcore.models.memory import Span, covers, crowded, is_expanded, unusable
+from zfcore.models.memory import Span, covers, crowded, is_expanded, storage, unusable
 from zfcore.models.renaming import readings
 
 _NAMES_SHOWN = 8
@@ -273,7 +273,7 @@ class _Before:
 
     def restore(self) -> None:
         for (tensor, place, values), version in zip(self.tensors, self.versions, strict=True):
-            if (tensor.shape, tensor.data_ptr()) != (place.shape, place.data_ptr()):
+            if (tensor.shape, storage(tensor)) != (place.shape, storage(place)):
                 tensor.data = place
             if version is None or place._version != version:
                 with torch.no_grad():

@@ -24,31 +24,34 @@ def unusable(tensor: Tensor) -> str:
         return f"a {kind} tensor; expected a dense one"
     if not tensor.numel():
         return ""
-    try:
-        address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError):
-        address, held = 0, 0
-    if not address and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}, which has no memory of its own; expected a plain tensor"
-    if not address or held < tensor.storage_offset() * tensor.itemsize + _extent(tensor):
+    needed = tensor.storage_offset() * tensor.itemsize + _extent(tensor)
+    nowhere = tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
+    if nowhere or tensor.untyped_storage().nbytes() < needed:
         return "no memory holds its values: it was freed, or never there"
     return ""
 
 
 class Span(NamedTuple):
-    """The memory from a tensor's first element to the end of its last, in bytes."""
+    """From a tensor's first element to the end of its last: bytes of a storage."""
 
-    device: torch.device
+    storage: int
     start: int
     end: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> Span:
-        start = tensor.data_ptr()
-        return cls(tensor.device, start, start + _extent(tensor))
+        start = tensor.storage_offset() * tensor.itemsize
+        return cls(storage(tensor), start, start + _extent(tensor))
 
     def overlaps(self, other: Span) -> bool:
-        return self.device == other.device and self.start < other.end and other.start < self.end
+        return self.storage == other.storage and self.start < other.end and other.start < self.end
+
+
+def storage(tensor: Tensor) -> int:
+    """Which storage holds the tensor, for comparison with another's."""
+    return tensor.untyped_storage()._cdata
 
 
 def covers(first: Tensor, second: Tensor) -> bool:
@@ -60,12 +63,12 @@ def covers(first: Tensor, second: Tensor) -> bool:
 def crowded(tensors: Iterable[Tensor]) -> set[Span]:
     """The spans of those that may share memory: with one another, or their elements among themselves."""
     found, last = set(), None
-    for span, whole in sorted(((Span.of(each), is_whole(each)) for each in tensors), key=lambda pair: _order(pair[0])):
+    for span, whole in sorted((Span.of(each), is_whole(each)) for each in tensors):
         if not whole:
             found.add(span)
         if last is not None and span.overlaps(last):
             found |= {span, last}
-        if last is None or span.device != last.device or span.end > last.end:
+        if last is None or span.storage != last.storage or span.end > last.end:
             last = span
     return found
 
@@ -78,10 +81,6 @@ def is_whole(tensor: Tensor) -> bool:
 def is_expanded(tensor: Tensor) -> bool:
     """Whether some elements certainly are the same memory."""
     return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _order(span: Span) -> tuple[str, int, int]:
-    return str(span.device), span.start, span.end
 
 
 def _extent(tensor: Tensor) -> int:
