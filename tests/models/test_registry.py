@@ -183,6 +183,29 @@ def test_meta_of_another_kind_is_refused_by_name(name, value):
         ModelMeta.from_metadata(metadata)
 
 
-def test_meta_of_a_hostile_depth_is_refused():
-    with pytest.raises(WeightsError, match="no readable 'classes'"):
-        ModelMeta.from_metadata({"classes": "[" * 100_000})
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("classes", "[" * 100_000), ("classes", '["' + "a" * 2**22 + '"]'), ("classes", json.dumps(["a" * 10_001])),
+        ("classes", '["a\\u001b[2J"]'), ("classes", '["a\\nb"]'), ("classes", '["\\ud800"]'), ("classes", "NaN"),
+        ("input_size", "[1" + "0" * 30 + ", 28]"), ("input_size", "[1" + "0" * 5000 + ", 28]"),
+        ("input_size", "[8193, 8192]"), ("input_size", "[67108865, 1]"), ("input_size", "[0, 28]"),
+        ("input_size", "[28, 28, 28]"), ("input_size", "[true, 28]"), ("input_size", "[1e400, 28]"),
+        ("channels", "1" + "0" * 4000), ("channels", "1" + "0" * 5000), ("channels", "1025"), ("channels", "NaN"),
+        ("mean", "[NaN]"), ("mean", "[Infinity]"), ("mean", "[1e400]"), ("mean", "[123.675]"), ("mean", "[-0.1]"),
+        ("std", "[NaN]"), ("std", "[-Infinity]"), ("std", "[1e-300]"), ("std", "[1e300]"), ("std", "[1]"),
+        ("test_accuracy", "NaN"), ("test_accuracy", "1.5"), ("test_accuracy", "-0.1"),
+        ("command", '"a\\u0000"'), ("command", '"' + "a" * 10_001 + '"'),
+    ],
+)  # fmt: skip
+def test_meta_out_of_range_is_refused_by_file_and_name(name, text):
+    metadata = ModelMeta(("a", "b"), (28, 30), 1, (0.1,), (0.3,), 0.9, "python -m it").to_metadata()
+    metadata[name] = text
+    with pytest.raises(WeightsError, match=rf"^weights 'a': metadata has ({name}=|no readable '{name}')") as caught:
+        ModelMeta.from_metadata(metadata, "weights 'a'")
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+def test_meta_at_the_limits():
+    meta = ModelMeta(("", "Größe", "می\u200cخواهم"), (8192, 8192), 2, (0.0, 1.0), (1 / 255, 1.0), 1.0, "")
+    assert ModelMeta.from_metadata(meta.to_metadata()) == meta

@@ -1,12 +1,17 @@
 """Weights files: written whole or not at all, and read without running anything from them."""
 
+import argparse
 import errno
+import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import zipfile
+from collections import OrderedDict
 
+import forked
 import pytest
 import safetensors.torch
 import torch
@@ -149,13 +154,79 @@ def test_tensors_that_are_not_dense_are_refused(tmp_path, make):
 
 
 class Call:
-    """Unpickling calls ``function(*arguments)``."""
+    """Unpickling calls ``function(*arguments)``; the parts are its state and its items."""
 
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
+    def __init__(self, function, *arguments, parts=()):
+        self.function, self.arguments, self.parts = function, arguments, parts
 
     def __reduce__(self):
-        return self.function, self.arguments
+        return self.function, self.arguments, *self.parts
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"items": 3, "keys": 3, "get": 3, "copy": 3, "__class__": 3},
+        {"_metadata": {False: {"version": 1}, "0": 3, "1": {"version": [2]}}},
+        {"_metadata": 7},
+        {"_metadata": {"": {"assign_to_params_buffers": True}, "3": {"assign_to_params_buffers": True}}},
+    ],
+)
+def test_attributes_of_a_pickled_state_dict_are_not_heeded(tmp_path, attributes):
+    source, model, path = net(), net(), tmp_path / "a.pth"
+    torch.save(Call(OrderedDict, parts=(attributes, None, iter(source.state_dict().items()))), path)
+    weight = model[3].weight
+    place = weight.data_ptr()
+    load_weights(model, path)
+    assert equal(model, source) and model[3].weight is weight and weight.data_ptr() == place
+
+
+def levels(count):
+    """A zip whose pickle has a tuple of so many levels for a key; Python's hash of 150,000 overflows the stack."""
+    return b"\x80\x02}K\x01" + b"\x85" * count + b"K\x01s."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tuples_in_tuples_do_not_end_the_process(tmp_path, zipped):
+    path = tmp_path / "a.pth"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a/data.pkl", levels(1_000_000))
+            file.writestr("a/version", "3\n")
+            file.writestr("a/byteorder", "little")
+    else:
+        path.write_bytes(levels(1_000_000))
+    said = forked.outcome(tmp_path / "said", lambda: refusal(path))
+    assert "more than 100 levels" in said
+
+
+def refusal(path):
+    with pytest.raises(WeightsError) as caught:
+        load_weights(net(), path)
+    return str(caught.value)
+
+
+def test_an_archive_that_is_longer_unpacked_is_refused_before(tmp_path):
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(
+        tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED
+    ) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert "expected an uncompressed archive" in refusal(tmp_path / "a.pth")
+
+
+def test_legacy_pickles_are_read(tmp_path):
+    source, model, path = net(), net(), tmp_path / "a.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
+    load_weights(model, path)
+    assert equal(model, source)
+
+
+def test_an_object_of_another_class_is_named_in_one_line(tmp_path):
+    torch.save({"state_dict": net().state_dict(), "options": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
+    said = refusal(tmp_path / "a.pth")
+    assert "argparse.Namespace" in said and "\n" not in said and "weights_only` set to `False" not in said
 
 
 def hostile(mark):
@@ -244,6 +315,113 @@ def test_mutated_safetensors_are_refused(saved):
     assert refused >= 270
 
 
+def safetensors_bytes(header, data=bytes(8)):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def described(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"abc", "3 bytes"),
+        (struct.pack("<Q", 2**63) + b"{}", "a header of 9223372036854775808"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "a header of 18446744073709551615"),
+        (struct.pack("<Q", 3) + b"{}", "a header of 3"),
+        (safetensors_bytes(b"{}", b""), "missing '0.weight'"),
+        (safetensors_bytes(b"[" * 100_000), "not a readable"),
+        (safetensors_bytes(TWICE), "stands there twice"),
+        (safetensors_bytes({"a": described(), "b": described([1], [4, 8])}), "not a readable"),
+        (safetensors_bytes({"a": described([1], [4, 8])}), "not a readable"),
+        (safetensors_bytes({"a": described([1], [0, 4])}), "8 bytes of tensors, of 4"),
+        (safetensors_bytes({"a": described([2], [0, 2**62])}), "'a' of shape [2] at bytes 0 to 4611686018427387904"),
+        (safetensors_bytes({"a": described([2**62, 4])}), "not a readable"),
+        (safetensors_bytes({"a": described(), "b": described([2**63 - 1, 2, 0], [8, 8])}), "unexpected 'a', 'b'"),
+        (safetensors_bytes({"a": described([-2])}), "not a readable"),
+        (safetensors_bytes({"a": described([2], ["0", "8"])}), "not a readable"),
+        (safetensors_bytes({"a": described(dtype="F31")}), "not a readable"),
+        (safetensors_bytes({"a": described([16], dtype="F4")}), "not a readable"),
+        (safetensors_bytes({"a": described([4], dtype="F16"), "__metadata__": {"a": 3}}), "not a readable"),
+        (safetensors_bytes({"": described(), "__metadata__": {}}), "unexpected ''"),
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path, content, words):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    assert words in refusal(path)
+
+
+def test_tensors_without_elements_and_a_scalar(tmp_path):
+    model, source = nn.Module(), nn.Module()
+    for module, value in ((model, 0.0), (source, 2.0)):
+        module.register_buffer("none", torch.zeros(0, 3))
+        module.register_buffer("one", torch.tensor(value))
+    save_weights(source, tmp_path / "a.safetensors")
+    load_weights(model, tmp_path / "a.safetensors")
+    assert equal(model, source)
+
+
+def test_a_file_that_says_a_terabyte_is_not_read(tmp_path):
+    """The file is as long as it says, and takes no room on the disk."""
+    path = tmp_path / "a.safetensors"
+    with open(path, "wb") as file:
+        file.write(safetensors_bytes({"a": described([2**40], [0, 2**42])}, b""))
+        try:
+            file.truncate(file.tell() + 2**42)
+        except OSError:
+            pytest.skip("the file system keeps no such file")
+    assert "not a readable" in refusal(path)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
+    """The next read of a mapped file would end the process."""
+    path = tmp_path / "a.safetensors"
+    save_weights(nn.Linear(1000, 100), path)
+    real = json.loads
+
+    def cut(*arguments, **named):
+        os.truncate(path, 100)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(weights.json, "loads", cut)
+    assert "not a readable safetensors file" in forked.outcome(path.with_name("said"), lambda: refusal(path))
+
+
+def test_links(saved):
+    model, path = saved
+    link, loop = path.with_name("link.safetensors"), path.with_name("loop.safetensors")
+    link.symlink_to(path)
+    loop.symlink_to(loop)
+    load_weights(net(), link)
+    assert "cannot be opened" in refusal(loop)
+    save_weights(net(), link)  # in the link's place
+    assert not link.is_symlink()
+    other = net()
+    load_weights(other, path)
+    assert equal(other, model)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"a.safetensors", ["a"]])
+@pytest.mark.parametrize("use", [load_weights, save_weights])
+def test_no_path(path, use):
+    with pytest.raises(DtypeError, match="path=.*: expected a text or a path"):
+        use(net(), path)
+
+
+@pytest.mark.parametrize("path", ["a\0.safetensors", "\ud800.safetensors"])
+@pytest.mark.parametrize("use", [load_weights, save_weights])
+def test_no_name_of_a_file(path, use):
+    with pytest.raises(WeightsError, match="expected characters that a file's name can have"):
+        use(net(), path)
+
+
 def test_a_changed_tensor_or_text_is_noticed(saved):
     _, path = saved
     data = path.read_bytes()
@@ -260,11 +438,22 @@ def test_only_safetensors_are_written(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"sha256": "0"}])
+@pytest.mark.parametrize(
+    "metadata", [{"a": 1}, {1: "a"}, {"sha256": "0"}, {"a": "\ud800"}, {"\udfff": "a"}]
+)
 def test_metadata_is_text(tmp_path, metadata):
     with pytest.raises(DtypeError, match="metadata"):
         save_weights(net(), tmp_path / "a.safetensors", metadata)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_could_not_be_read_is_not_written(saved):
+    model, path = saved
+    with pytest.raises(WeightsError, match="a header of .* bytes; expected at most 16777216"):
+        save_weights(net(), path, {"a": "b" * 2**24})
+    other = net()
+    load_weights(other, path)
+    assert equal(other, model)
 
 
 class Faulty:
@@ -361,5 +550,37 @@ def test_a_live_writers_temporary_file_is_left_alone(saved):
 
 
 def test_a_missing_folder_is_an_oserror(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        save_weights(net(), tmp_path / "gone" / "a.safetensors")
+    path = tmp_path / "gone" / "a.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_weights(net(), path)
+    assert caught.value.filename == str(path)
+
+
+def test_a_folder_that_disappears_while_writing(tmp_path, monkeypatch):
+    path = tmp_path / "gone" / "a.safetensors"
+    path.parent.mkdir()
+    real = os.fsync
+
+    def vanish(file):
+        shutil.rmtree(path.parent)
+        return real(file)
+
+    monkeypatch.setattr(weights.os, "fsync", vanish)
+    with pytest.raises(FileNotFoundError) as caught:
+        save_weights(net(), path)
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("planted", ["fifo", "folder", "link to a fifo"])
+def test_what_only_looks_like_a_temporary_file_stops_no_write(saved, planted):
+    model, path = saved
+    other = path.with_name(f".{path.name}.0123.tmp")
+    if planted == "folder":
+        other.mkdir()
+    else:
+        pipe = other if planted == "fifo" else path.with_name("pipe")
+        os.mkfifo(pipe)
+        if planted != "fifo":
+            other.symlink_to(pipe)
+    save_weights(model, path)
+    load_weights(net(), path)

@@ -6,12 +6,15 @@ import difflib
 import importlib
 import json
 import math
-from collections.abc import Callable
+import reprlib
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from zfcore.data.images import MAX_PIXELS
 from zfcore.errors import ArgumentError, WeightsError
 from zfcore.models.alexnet import alexnet
 from zfcore.models.weights import load_weights
@@ -36,7 +39,7 @@ class ModelMeta:
     channels:      of its pictures.
     mean, std:     a number for each channel, of pixels scaled to 0..1: feed ``(pixels - mean) / std``.
     test_accuracy: the share of test pictures that it names rightly, 0..1.
-    command:       what trained it.
+    command:       what trained it, one line.
     """
 
     classes: tuple[str, ...]
@@ -52,54 +55,83 @@ class ModelMeta:
         return {name: json.dumps(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, str]) -> ModelMeta:
-        """The inverse of ``to_metadata``; WeightsError names a field that is missing or of another kind."""
+    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the weights") -> ModelMeta:
+        """The inverse of ``to_metadata``, of a file that nobody has looked at.
+
+        Args:
+            metadata: a JSON text for each field.
+            source: whose metadata the error says that it is.
+
+        Raises:
+            WeightsError: it names the field that is missing, of another kind, or out of range.
+        """
         fields = {}
         for name in cls.__dataclass_fields__:
             try:
+                if len(metadata[name]) > _LONGEST_FIELD:
+                    raise ValueError(f"{len(metadata[name])} characters, expected at most {_LONGEST_FIELD}")
                 value = json.loads(metadata[name])
-            except (KeyError, json.JSONDecodeError, RecursionError) as error:
-                raise WeightsError(f"the weights' metadata has no readable {name!r}: {error!r}") from error
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise WeightsError(f"{source}: metadata has no readable {name!r}: {error!r}") from error
             fields[name] = tuple(value) if isinstance(value, list) else value
         meta = cls(**fields)
         for name, fits, expected in _EXPECTED:
             if not fits(meta):
-                raise WeightsError(
-                    f"the weights' metadata has {name}={getattr(meta, name)!r}, expected {expected}"
-                )
+                value = reprlib.repr(getattr(meta, name))
+                raise WeightsError(f"{source}: metadata has {name}={value}, expected {expected}")
         return meta
 
 
 def _all(values: object, kind: type) -> bool:
-    """Whether this is a tuple of nothing but ``kind``, numbers positive where whole and finite where not."""
-    if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
-        return False
-    return kind is str or all(value > 0 if kind is int else math.isfinite(value) for value in values)
+    """Whether this is a tuple of nothing but ``kind``."""
+    return isinstance(values, tuple) and all(type(value) is kind for value in values)
 
+
+def _numbers(values: object, count: int, low: float, high: float) -> bool:
+    return _all(values, float) and len(values) == count and all(low <= value <= high for value in values)
+
+
+def _plain(text: str) -> bool:
+    """Whether a terminal and a page can show it: no control characters, no halves of surrogate pairs."""
+    return len(text) <= _LONGEST_NAME and not any(unicodedata.category(each) in ("Cc", "Cs") for each in text)
+
+
+_LONGEST_FIELD = 2**22  # characters of JSON: the names of ImageNet's 21,843 classes take a tenth
+_LONGEST_NAME = 10_000  # characters
+_MOST_CHANNELS = 1024
+_LEAST_STD, _LARGEST_STD = 1e-4, 1e4  # a picture divided by it is finite in float16 too
 
 # Checked in this order: a field, whether it is as it must be, and how that is.
 _EXPECTED: tuple[tuple[str, Callable[[ModelMeta], bool], str], ...] = (
-    ("classes", lambda meta: _all(meta.classes, str) and len(meta.classes) > 0, "names"),
+    (
+        "classes",
+        lambda meta: _all(meta.classes, str) and len(meta.classes) > 0 and all(map(_plain, meta.classes)),
+        f"names of at most {_LONGEST_NAME} characters, without control characters",
+    ),
     (
         "input_size",
-        lambda meta: _all(meta.input_size, int) and len(meta.input_size) == 2,
-        "two numbers of pixels",
+        lambda meta: _all(meta.input_size, int) and len(meta.input_size) == 2 and min(meta.input_size) > 0
+        and math.prod(meta.input_size) <= MAX_PIXELS,
+        f"a height and a width, with at most {MAX_PIXELS} pixels",
     ),
-    ("channels", lambda meta: _all((meta.channels,), int), "a number of channels"),
+    (
+        "channels",
+        lambda meta: _all((meta.channels,), int) and 0 < meta.channels <= _MOST_CHANNELS,
+        f"a number of channels, at most {_MOST_CHANNELS}",
+    ),
     (
         "mean",
-        lambda meta: _all(meta.mean, float) and len(meta.mean) == meta.channels,
-        "a number for each channel",
+        lambda meta: _numbers(meta.mean, meta.channels, 0, 1),
+        "a number for each channel, of pixels in 0..1",
     ),
     (
         "std",
-        lambda meta: _all(meta.std, float) and len(meta.std) == meta.channels,
-        "a number for each channel",
+        lambda meta: _numbers(meta.std, meta.channels, _LEAST_STD, _LARGEST_STD),
+        f"a number for each channel, {_LEAST_STD} to {_LARGEST_STD}",
     ),
-    ("std", lambda meta: min(meta.std) > 0, "positive numbers"),
-    ("test_accuracy", lambda meta: _all((meta.test_accuracy,), float), "a number"),
-    ("command", lambda meta: _all((meta.command,), str), "a text"),
-)
+    ("test_accuracy", lambda meta: _numbers((meta.test_accuracy,), 1, 0, 1), "a number in 0..1"),
+    ("command", lambda meta: _all((meta.command,), str) and _plain(meta.command), "a line of text"),
+)  # fmt: skip
 
 
 def shipped() -> tuple[str, ...]:
@@ -125,8 +157,9 @@ def load(name: str) -> tuple[nn.Module, ModelMeta]:
     if name not in _SHIPPED:
         raise ArgumentError(f"name={name!r}: expected one of the shipped networks {', '.join(_SHIPPED)}")
     model = _SHIPPED[name]()
-    metadata = load_weights(model, ASSETS / f"{name}.safetensors")
-    return model.eval(), ModelMeta.from_metadata(metadata)
+    path = ASSETS / f"{name}.safetensors"
+    metadata = load_weights(model, path)
+    return model.eval(), ModelMeta.from_metadata(metadata, f"weights {str(path)!r}")
 
 
 def create(spec: str) -> nn.Module:
