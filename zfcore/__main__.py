@@ -1,5 +1,10 @@
 import sys
 
-from zfcore.cli import main
+if not getattr(sys.flags, "safe_path", False):
+    # The current folder, which python -m puts first: a random.py or torch.py in it is not what the library means.
+    # Models are found in it all the same, as with the console command.
+    sys.path.append(sys.path.pop(0))
+
+from zfcore.cli import main  # noqa: E402 (after the path is in order)
 
 sys.exit(main())

@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+import zfcore
 from zfcore import cli, models
+from zfcore.cli import records
 from zfcore.data import sample_images
 from zfcore.errors import ArgumentError
 from zfcore.report import analysis
@@ -182,7 +184,7 @@ def test_occlude(capsys):
 
 def test_occlude_of_classes_with_names(capsys):
     with open("names.txt", "w") as file:
-        file.write("cat\ndog\nShoe <b>\nhat\n\nbag\n")
+        file.write("cat\ndog\nShoe <b>\nhat\nbag\n\n")
     path = picture("a.png")
     options = (*TINY, *COARSE, "--classes", "names.txt", "--out", "out")
     assert run("occlude", path, *options, "--target", "SHOE <b>") == 0
@@ -266,7 +268,7 @@ def test_json_is_the_results_file(capsys):
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():
-    text = cli._json({"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": -float("inf")}})
+    text = records.as_json({"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": -float("inf")}})
     assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": None}}
 
 
@@ -282,7 +284,7 @@ def test_progress_is_drawn_on_stderr_and_can_be_left_out(capsys):
 
 
 def test_figures_past_the_budget_are_linked_from_the_page(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(cli.run, "EMBEDDED_BYTES", 0)
     picture("a.png")
     assert run("project", "a.png", *TINY, "--out", "out") == 0
     page = open("out/index.html").read()
@@ -559,7 +561,7 @@ def test_version_and_module(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--version")
     assert caught.value.code == 0 and capsys.readouterr().out.startswith("zfcore ")
-    source = os.path.dirname(os.path.dirname(cli.__file__))
+    source = os.path.dirname(os.path.dirname(zfcore.__file__))
     made = subprocess.run(
         [sys.executable, "-m", "zfcore", "paint"],
         capture_output=True,
@@ -592,13 +594,17 @@ def test_an_interrupted_run_keeps_what_it_did(capsys, monkeypatch, number, code,
     before = signal.getsignal(number)
     assert run("project", "a.png", "b.png", "c.png", *TINY, "--out", "out") == code
     assert signal.getsignal(number) is before
-    assert capsys.readouterr().err == f"zfcore: {words}; what was finished is in out\n"
+    line = f"zfcore: {words}; what was finished is in out; not analysed: 'b.png', 'c.png'\n"
+    assert capsys.readouterr().err == line
+    assert failures("out") == document("out")["failures"] == [
+        {"path": path, "error": "Interrupted", "message": f"not analysed: {words}"} for path in ("b.png", "c.png")
+    ]
     assert [result["path"] for result in document("out")["results"]] == ["a.png"]
     assert "a.png" in open("out/index.html").read()
     assert not [name for name in os.listdir("out") if name.endswith(".tmp")]
 
 
-def test_a_full_disk_is_one_line_and_exit_1(capsys, monkeypatch):
+def test_a_full_disk_says_what_to_do_and_exits_1(capsys, monkeypatch):
     picture("a.png")
 
     def fail(*_):
@@ -607,7 +613,11 @@ def test_a_full_disk_is_one_line_and_exit_1(capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     assert run("project", "a.png", *TINY, "--out", "out") == 1
     error = capsys.readouterr().err
-    assert error == "zfcore: error: [Errno 28] No space left on device\n"
+    assert error == (
+        "zfcore: error: out: 'out': 0001-a-project.png could not be written (No space left on device); make room "
+        "there, or choose another folder\n"
+        "zfcore: written: none; not written: 'a.png', errors.jsonl, results.json, index.html\n"
+    )
     assert os.listdir("out") == []
 
 
