@@ -5,6 +5,6 @@ if not getattr(sys.flags, "safe_path", False):
     # Models are found in it all the same, as with the console command.
     sys.path.append(sys.path.pop(0))
 
-from zfcore.cli import main  # noqa: E402 (after the path is in order)
+from zfcore.cli import main
 
 sys.exit(main())

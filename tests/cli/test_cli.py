@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+from commands import COARSE, NET, TINY, document, failures, picture, run
 from PIL import Image
 
 import zfcore
@@ -21,104 +21,9 @@ from zfcore.cli import records
 from zfcore.data import sample_images
 from zfcore.errors import ArgumentError
 from zfcore.report import analysis
+from zfcore.report.files import OutputFolder
 
-NET = "zfcore_test_networks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Maps of a few kilobytes: with more threads, most of the time goes in threads waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def networks(tmp_path, monkeypatch):
-    """A module of factories, as a user would have it, and the folder of the test as the working folder."""
-    (tmp_path / f"{NET}.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-            from torch import nn
-
-            def tiny(channels=1):
-                torch.manual_seed(0)
-                return nn.Sequential(
-                    nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-                    nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(3),
-                    nn.Flatten(), nn.Linear(54, 5),
-                )
-
-            def colour():
-                return tiny(3)
-
-            def dense():
-                return nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
-
-            def probabilities():
-                return nn.Sequential(tiny(), nn.Softmax(1))
-
-            def fixed():
-                return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 5))
-
-            class Branches(nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.net = tiny()
-
-                def forward(self, x):
-                    return self.net(x) if x.sum() > 0 else self.net(-x)
-
-            def narrow():
-                return tiny().bfloat16()
-
-            class Breaks(nn.Module):
-                calls = 0
-
-                def __init__(self):
-                    super().__init__()
-                    self.net = tiny()
-
-                def forward(self, x):
-                    Breaks.calls += 1
-                    if Breaks.calls > 1:
-                        raise KeyError("surprise")
-                    return self.net(x)
-
-            def no_module():
-                return 3
-            """
-        )
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, NET, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
-def picture(path, seed=0, size=(12, 12)):
-    noise = np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    return str(path)
-
-
-TINY = ("--model", f"{NET}:tiny", "--input-size", "12", "--no-progress", "--device", "cpu")
-COARSE = ("--box", "6", "--stride", "3")
-
-
-def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
-
-
-def document(out):
-    with open(os.path.join(out, "results.json")) as file:
-        return json.load(file)
-
-
-def failures(out):
-    with open(os.path.join(out, "errors.jsonl")) as file:
-        return [json.loads(line) for line in file]
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 # ---- what it makes ---------------------------------------------------------------------------------------
@@ -482,9 +387,23 @@ def test_hostile_names_stay_inert_and_inside(capsys):
         ("project", ("--weights", "missing.safetensors"), "there is no such file"),
         ("project", ("--mean", "1,2"), "mean: .*expected one number or 1"),
         ("project", ("--std", "0"), "std: .*expected numbers above 0"),
+        ("project", ("--std=-0.5",), "std: .*expected numbers above 0"),
+        ("project", ("--std", "58.395"), "std: .*expected numbers in 0..1, of pixels in 0..1"),
+        ("project", ("--std", "1e-300"), "std: .*expected larger numbers: in torch.float32, pixels divided by them"),
+        ("project", ("--std", "1e-39"), "std: .*expected larger numbers"),
+        ("project", ("--mean", "123.675"), "mean: .*expected numbers in 0..1, of pixels in 0..1 .divide"),
+        ("occlude", ("--mean", "1.01"), "mean: .*expected numbers in 0..1"),
+        ("occlude", ("--mean=-0.1",), "mean: .*expected numbers in 0..1"),
+        ("occlude", ("--std", "0.5,0.5,0.5"), "std: .*expected one number or 1"),
+        ("occlude", ("--fill", "nan"), "fill: 'nan'; expected mean, grey"),
+        ("occlude", ("--fill", "1e400"), "fill: '1e400'; expected mean, grey"),
+        ("project", ("--model", f"{NET}:leaves"), "its code ended with SystemExit: 3; expected a factory"),
+        ("project", ("--model", f"{NET}:leaves_later"), "fails on a picture .*SystemExit"),
         ("project", ("--classes", "missing.txt"), "classes: 'missing.txt'; expected a text file"),
         ("project", ("--device", "gpu"), "device: 'gpu'; expected cpu, cuda or cuda:N"),
         ("project", ("--device", "meta"), "device: 'meta'; expected cpu"),
+        ("project", ("--device", "cpu:1"), "device: 'cpu:1'; expected cpu"),
+        ("project", ("--device", "cuda:" + "9" * 30), "device: 'cuda:9"),
         ("project", ("--out", "a.png"), "out: 'a.png'; expected a folder"),
     ],
 )
@@ -522,6 +441,7 @@ def test_a_device_that_is_not_there(capsys):
     "arguments, words",
     [
         ((), "required: COMMAND"),
+        (("project", "a.png", "--layer", "conv1@" + "9" * 5000), "argument --layer: '99999"),
         (("paint",), "invalid choice: 'paint'"),
         (("project",), "required: IMAGE"),
         (("occlude", "a.png", "--batch-size", "1" + "0" * 20), "--batch-size: '100000000000000000000'; expected a whole"),
@@ -541,6 +461,54 @@ def test_wrong_usage_exits_2(capsys, arguments, words):
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
     assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+WHOLE = {
+    "project": ("--input-size", "--channels", "--unit", "--top", "--batch-size", "--max-pixels"),
+    "occlude": ("--input-size", "--channels", "--unit", "--box", "--stride", "--batch-size", "--max-pixels"),
+    "demo": ("--pictures", "--batch-size"),
+}
+DECIMAL = {"project": ("--mean", "--std"), "occlude": ("--mean", "--std"), "demo": ()}
+NO_WHOLE = ["", " ", "x", "-1", "1.5", "1e3", "1_0", "+1", "0x10", "\u0663", "nan", "inf", str(2**63), "9" * 30, "9" * 5000]
+NO_DECIMAL = ["", "x", "nan", "inf", "-inf", "1e400", "1_0", "0x1p3", "\u0663", "0.5,nan", "0.5,", "0.5;0.5", "9" * 5000]
+
+
+@pytest.mark.parametrize("command", WHOLE)
+def test_numbers_that_are_none_or_too_large_exit_2_and_are_named(capsys, command):
+    cases = [(argument, value) for argument in WHOLE[command] for value in NO_WHOLE]
+    cases += [(argument, "0") for argument in WHOLE[command] if argument != "--unit"]
+    cases += [(argument, value) for argument in DECIMAL[command] for value in NO_DECIMAL]
+    for argument, value in cases:
+        with pytest.raises(SystemExit) as caught:
+            run(command, *([] if command == "demo" else ["a.png"]), f"{argument}={value}")
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and f"error: argument {argument}: " in last, (argument, value)
+        assert len(last) < 250 and not set(last) & set("\x1b")
+
+
+def test_the_largest_numbers_that_are_taken(capsys):
+    path, huge = picture("a.png"), 2**63 - 1
+    wide = ("--batch-size", huge, "--max-pixels", huge, "--out", "out")
+    assert run("project", path, *TINY, *wide, "--top", huge) == 0
+    assert run("occlude", path, *TINY, *wide, "--box", huge, "--stride", huge) == 0
+    assert run("occlude", path, *TINY, *wide, "--box", f"1x{huge}", "--stride", f"{huge}x1") == 0
+    assert run("project", path, *TINY, *wide, "--unit", huge) == 2
+    assert capsys.readouterr().err == f"zfcore: error: unit: {huge} of layer '0'; expected 0 to 3\n"
+
+
+def test_a_memory_that_is_too_small_is_one_line_without_a_stack(capsys, monkeypatch):
+    path, order = picture("a.png"), analysis.forward_order
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory\nException raised from alloc at /x/alloc.cpp:1 (most recent call first):\nframe #0: f")
+
+    monkeypatch.setattr(analysis, "forward_order", fail)
+    assert run("project", path, *TINY, "--out", "out") == 2
+    assert "fails on a picture (1, 1, 12, 12) (no memory); see --input-size" in capsys.readouterr().err
+    monkeypatch.setattr(analysis, "forward_order", order)
+    monkeypatch.setattr(analysis, "project", fail)
+    assert run("project", path, *TINY, "--out", "out") == 1
+    assert failures("out")[0]["message"] == "no memory"
 
 
 def test_nothing_to_read(capsys):
@@ -619,6 +587,55 @@ def test_a_full_disk_says_what_to_do_and_exits_1(capsys, monkeypatch):
         "zfcore: written: none; not written: 'a.png', errors.jsonl, results.json, index.html\n"
     )
     assert os.listdir("out") == []
+
+
+def test_an_interrupted_run_prints_its_results_as_json(capsys, monkeypatch):
+    for name in "abc":
+        picture(f"{name}.png", ord(name))
+    original, calls = analysis.project, []
+
+    def project(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(analysis, "project", project)
+    assert run("project", "a.png", "b.png", "c.png", *TINY, "--json", "--out", "out") == 130
+    made = json.loads(capsys.readouterr().out)
+    assert [result["path"] for result in made["results"]] == ["a.png", "b.png"]
+    assert [failure["path"] for failure in made["failures"]] == ["c.png"]
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_signal_while_the_page_is_written(capsys, monkeypatch, turns):
+    """The first waits till it is; a second does not."""
+    picture("a.png")
+    write = OutputFolder.write
+
+    def signalled(self, name, data):
+        if name == "results.json":
+            for _ in range(turns):
+                signal.raise_signal(signal.SIGTERM)
+        return write(self, name, data)
+
+    monkeypatch.setattr(OutputFolder, "write", signalled)
+    assert run("project", "a.png", *TINY, "--out", "out") == 143
+    assert capsys.readouterr().err == "zfcore: terminated; what was finished is in out\n"
+    assert os.path.exists("out/index.html") == (turns == 1) and os.path.exists("out/0001-a-project.png")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(capsys, monkeypatch):
+    """As SIGINT is in what a shell runs in the background."""
+    picture("a.png")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        original = analysis.project
+        monkeypatch.setattr(analysis, "project", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), original(*a, **k))[1])
+        assert run("project", "a.png", *TINY, "--out", "out") == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_planted_links_in_the_out_folder_are_not_followed(capsys):

@@ -132,6 +132,7 @@ def _add_projection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("projection").add_argument
     add(
         "--layer",
+        type=_layer,
         action="append",
         default=[],
         metavar="NAME",
@@ -161,6 +162,7 @@ def _add_occlusion(parser: argparse.ArgumentParser) -> None:
     add("--score", choices=("probability", "logit"), default="probability")
     add(
         "--layer",
+        type=_layer,
         action="append",
         default=[],
         metavar="NAME",
@@ -178,6 +180,13 @@ def _add_running(parser: argparse.ArgumentParser, out: str) -> None:
     add("--no-progress", action="store_true", help="draw no progress bar")
     add("--json", action="store_true", help="print the results as JSON")
     add("--traceback", action="store_true", help="show where in the program an error arose")
+
+
+def _layer(text: str) -> str:
+    _, at, call = text.rpartition("@")
+    if at and call.isdecimal():
+        whole()(call)  # "conv1@0", the number of a call
+    return text
 
 
 def _size(text: str) -> tuple[int, int]:

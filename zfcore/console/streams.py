@@ -9,6 +9,7 @@ import os
 import re
 import select
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -18,6 +19,8 @@ __all__ = ["Console", "natives_silenced", "one_line", "printable"]
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _LONGEST = 1500  # characters of a message's line
+# Python's print holds no reference to sys.stdout: an object that is replaced while another thread prints must live on.
+_in_use: "deque[object]" = deque(maxlen=64)
 _NATIVE_TRACE = re.compile(r"\s*(?:Exception raised from |C\+\+ CapturedTraceback|frame #0: )")
 
 
@@ -65,6 +68,8 @@ class Console:
         self._before = sys.stdout, sys.stderr
         self._descriptor: int | None = None
         self.error = sys.stderr = _Forgiving(sys.stderr)
+        self._stray = _Forgiving(self.error)
+        _in_use.extend((self.error, self._stray))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +123,7 @@ class Console:
         if _number(stream) == _STDOUT:
             self._descriptor = kept_out
         os.dup2(_STDERR, _STDOUT)
-        sys.stdout = _Forgiving(self.error)
+        sys.stdout = self._stray
         if kept_input is not None:
             with open(os.devnull) as empty:
                 os.dup2(empty.fileno(), _STDIN)
@@ -138,8 +143,8 @@ class Console:
 
     def reclaim(self) -> None:
         """Put the streams back that somebody's code may have replaced."""
-        sys.stderr = self.error
-        sys.stdout = _Forgiving(self.error)
+        _in_use.extend((sys.stdout, sys.stderr))
+        sys.stdout, sys.stderr = self._stray, self.error
 
 
 class _Forgiving:
