@@ -1,9 +1,12 @@
+import contextlib
+import os
 import sys
 
-if not getattr(sys.flags, "safe_path", False):
-    # The current folder, which python -m puts first: a random.py or torch.py in it is not what the library means.
-    # Models are found in it all the same, as with the console command.
-    sys.path.append(sys.path.pop(0))
+with contextlib.suppress(OSError):  # the current folder was removed
+    if sys.path[0] == os.getcwd():
+        # python -m puts it first: a random.py or torch.py in it is not what the library means. Last, as with the console
+        # command, it still gives models.
+        sys.path.append(sys.path.pop(0))
 
 from zfcore.cli import main
 

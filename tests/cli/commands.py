@@ -33,6 +33,9 @@ def dense():
 def probabilities():
     return nn.Sequential(tiny(), nn.Softmax(1))
 
+def sigmoid():
+    return nn.Sequential(tiny(), nn.Sigmoid())
+
 def fixed():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 5))
 

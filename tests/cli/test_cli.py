@@ -153,6 +153,18 @@ def test_networks_without_convolutions_can_be_occluded(capsys):
     assert "runs no nn.Conv2d; name the layers with --layer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("factory", ["probabilities", "sigmoid"])
+def test_probabilities_that_a_network_gives_itself_are_shown_as_they_are(capsys, factory):
+    path = picture("a.png")
+    options = ("--model", f"{NET}:{factory}", "--input-size", 12, "--no-progress", "--out", "out")
+    assert run("project", path, *options) == 0
+    image = torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32) / 255)[None, None]
+    with torch.no_grad():
+        given = models.create(f"{NET}:{factory}")(image)[0]
+    shown = {c["index"]: c["probability"] for c in document("out")["results"][0]["classes"]}
+    assert [shown[i] for i in range(5)] == pytest.approx(given.tolist(), rel=1e-5)
+
+
 def test_what_falls_back_is_noted_in_one_line(capsys):
     path = picture("a.png")
     options = ("--model", f"{NET}:Branches", "--input-size", 12, "--no-progress", "--out", "out")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -174,7 +175,7 @@ class _Run:
     def _prepare(self) -> None:
         """Whatever of the arguments would fail on every picture fails here, on a blank one."""
         subject, options = self.subject, self.options
-        blank = subject.normalised(torch.full((subject.channels, *subject.input_size), 0.5))
+        blank = subject.blank()
         try:
             order = analysis.forward_order(subject.model, blank)
         except ZfcoreError:
@@ -356,11 +357,16 @@ class _Run:
         if output.shape[1] < 2 or self.options.score == "logit":
             return []
         row = output[0].float()
-        # Some networks end in a softmax of their own.
-        distribution = bool((row >= 0).all()) and abs(float(row.sum()) - 1) < 1e-3
-        shares, indices = (row if distribution else row.softmax(0)).topk(min(CLASSES_SHOWN, len(row)))
+        # Some networks end in a softmax of their own, and those whose classes do not exclude each other in a sigmoid.
+        within = bool(((row >= 0) & (row <= 1)).all())
+        finished = within and (abs(float(row.sum()) - 1) < 1e-3 or self._ends_in_sigmoid)
+        shares, indices = (row if finished else row.softmax(0)).topk(min(CLASSES_SHOWN, len(row)))
         names = self.subject.classes
         return [(i, class_label(names, i), share) for i, share in zip(indices.tolist(), shares.tolist(), strict=True)]
+
+    @cached_property
+    def _ends_in_sigmoid(self) -> bool:
+        return analysis.ends_in_sigmoid(self.subject.model, self.subject.blank())
 
     def _box_words(self) -> str:
         (bh, bw), (sy, sx) = self.occlusion["box"], self.occlusion["stride"]

@@ -48,6 +48,10 @@ class Subject:
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return ((pixels - mean) / std)[None].to(self.device, self.dtype)
 
+    def blank(self) -> Tensor:
+        """A grey picture as the network takes it: [1, C, H, W]."""
+        return self.normalised(torch.full((self.channels, *self.input_size), 0.5))
+
     def weights_hash(self) -> str:
         """SHA-256 over the names and bytes of the state dict."""
         digest = hashlib.sha256()
@@ -163,7 +167,8 @@ def _created(spec: str, console: Console) -> nn.Module:
     """`models.create`, of code that may do to the process whatever it likes."""
     _say_which(spec)
     try:
-        return models.create(spec)
+        with console.lent():
+            return models.create(spec)
     except (Exception, KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # SystemExit above all, as of a script that reads the arguments itself
@@ -171,8 +176,6 @@ def _created(spec: str, console: Console) -> nn.Module:
             f"model: {spec!r}: its code ended with {type(error).__name__}: {error}; expected a factory that returns "
             "an nn.Module"
         ) from error
-    finally:
-        console.reclaim()
 
 
 def _say_which(spec: str) -> None:

@@ -112,39 +112,44 @@ class Console:
 
     @contextlib.contextmanager
     def results_only(self) -> Iterator[None]:
-        """Inside, what others write to stdout goes to stderr, be it from Python, from C or from a child process.
-
-        And nobody waits for an input that no one types: where stdin is no terminal, it is empty.
-        """
+        """Inside, what others write to stdout goes to stderr, be it from Python, from C or from a child process."""
         self.settle()
         stream, _ = self._before
-        kept_in, kept_out = sys.stdin, os.dup(_STDOUT)
-        kept_input = None if os.isatty(_STDIN) else os.dup(_STDIN)
+        kept = os.dup(_STDOUT)
         if _number(stream) == _STDOUT:
-            self._descriptor = kept_out
+            self._descriptor = kept
         os.dup2(_STDERR, _STDOUT)
         sys.stdout = self._stray
-        if kept_input is not None:
-            with open(os.devnull) as empty:
-                os.dup2(empty.fileno(), _STDIN)
-            sys.stdin = open(_STDIN, closefd=False)  # noqa: SIM115 (stands as long as the process may read it)
         try:
             yield
         finally:
             if not self.own:
                 _flush_all(stream)
-                os.dup2(kept_out, _STDOUT)
-                os.close(kept_out)
+                os.dup2(kept, _STDOUT)
+                os.close(kept)
                 self._descriptor = None
-                sys.stdout, sys.stdin = stream, kept_in
-                if kept_input is not None:
-                    os.dup2(kept_input, _STDIN)
-                    os.close(kept_input)
+                sys.stdout = stream
 
-    def reclaim(self) -> None:
-        """Put the streams back that somebody's code may have replaced."""
-        _in_use.extend((sys.stdout, sys.stderr))
-        sys.stdout, sys.stderr = self._stray, self.error
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, somebody else's code runs: the streams that it replaces are put back, and it has no input to wait for,
+        unless stdin is a terminal, where somebody may answer."""
+        if os.isatty(_STDIN):
+            empty, kept, before = None, -1, None
+        else:
+            kept, before = os.dup(_STDIN), sys.stdin
+            empty = sys.stdin = open(os.devnull)  # noqa: SIM115 (closed below)
+            os.dup2(empty.fileno(), _STDIN)
+        try:
+            yield
+        finally:
+            _in_use.extend((sys.stdout, sys.stderr))
+            sys.stdout, sys.stderr = self._stray, self.error
+            if empty is not None:
+                sys.stdin = before
+                os.dup2(kept, _STDIN)
+                os.close(kept)
+                empty.close()
 
 
 class _Forgiving:
