@@ -142,10 +142,10 @@ def test_names_reach_the_results_and_the_page(capsys):
         (FIVE, "fox", 2, ""),
         (FIVE, "FOX", 2, ""),
         (("Cat", "cat", "c", "d", "e"), "cat", 1, ""),  # letter for letter comes first
-        (("Cat", "CAT", "c", "d", "e"), "cat", None, "target: 'cat' is the name of the classes 0, 1; expected the index"),
-        (("crane", "dog", "crane", "d", "e"), "crane", None, "is the name of the classes 0, 2; expected the index of one"),
+        (("Cat", "CAT", "c", "d", "e"), "cat", None, "is the name of the classes 0, 1; expected the index of one"),
+        (("crane", "dog", "crane", "d", "e"), "crane", None, "is the name of the classes 0, 2; expected the index"),
         (("crane", "dog", "crane", "d", "e"), "2", 2, ""),
-        (("1", "2", "3", "4", "5"), "1", 1, "note: target: 1 is taken as the index of '2'; it is also the name of class 0"),
+        (("1", "2", "3", "4", "5"), "1", 1, "note: target: 1 is taken as the index of '2'; it is also the name"),
         (("1", "2", "3", "4", "5"), "5", 4, ""),  # there is no class 5
         (("0", "1", "2", "3", "4"), "3", 3, ""),
         (FIVE, "7", None, "target: class 7; expected 0 to 4"),

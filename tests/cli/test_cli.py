@@ -307,6 +307,19 @@ def test_mutated_files_are_read_or_listed(capsys):
     assert capsys.readouterr().err.count("\n") == len(failed)
 
 
+def test_a_damaged_file_is_reported_once(capfd):
+    """libtiff would add a line of its own, from C."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48), dtype=np.uint8)
+    Image.fromarray(noise).save("a.tif", compression="tiff_lzw")
+    data = bytearray(open("a.tif", "rb").read())
+    data[200:260] = (byte ^ 0x5A for byte in data[200:260])
+    with open("a.tif", "wb") as file:
+        file.write(data)
+    assert run("project", "a.tif", *TINY, "--out", "out") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("zfcore: 'a.tif': ") and error.count("\n") == 1
+
+
 def test_a_failure_of_the_analysis_is_the_inputs(capsys, monkeypatch):
     """An error that no argument caused and that no one expected."""
     for name in "abc":
@@ -481,8 +494,9 @@ WHOLE = {
     "demo": ("--pictures", "--batch-size"),
 }
 DECIMAL = {"project": ("--mean", "--std"), "occlude": ("--mean", "--std"), "demo": ()}
-NO_WHOLE = ["", " ", "x", "-1", "1.5", "1e3", "1_0", "+1", "0x10", "\u0663", "nan", "inf", str(2**63), "9" * 30, "9" * 5000]
-NO_DECIMAL = ["", "x", "nan", "inf", "-inf", "1e400", "1_0", "0x1p3", "\u0663", "0.5,nan", "0.5,", "0.5;0.5", "9" * 5000]
+NO_WHOLE = ["", " ", "x", "-1", "1.5", "1e3", "1_0", "+1", "0x10", "\u0663", "nan", "inf", str(2**63), "9" * 5000]
+NO_DECIMAL = ["", "x", "nan", "inf", "-inf", "1e400", "1_0", "0x1p3", "\u0663", "0.5,nan", "0.5,", "0.5;0.5"]
+NO_DECIMAL += ["9" * 5000]
 
 
 @pytest.mark.parametrize("command", WHOLE)
@@ -512,7 +526,7 @@ def test_a_memory_that_is_too_small_is_one_line_without_a_stack(capsys, monkeypa
     path, order = picture("a.png"), analysis.forward_order
 
     def fail(*_, **__):
-        raise RuntimeError("no memory\nException raised from alloc at /x/alloc.cpp:1 (most recent call first):\nframe #0: f")
+        raise RuntimeError("no memory\nException raised from alloc at x.cpp:1 (most recent call first):\nframe #0: f")
 
     monkeypatch.setattr(analysis, "forward_order", fail)
     assert run("project", path, *TINY, "--out", "out") == 2
@@ -643,7 +657,12 @@ def test_a_signal_that_is_ignored_stays_ignored(capsys, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         original = analysis.project
-        monkeypatch.setattr(analysis, "project", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), original(*a, **k))[1])
+
+        def project(*arguments, **options):
+            signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(analysis, "project", project)
         assert run("project", "a.png", *TINY, "--out", "out") == 0
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

@@ -130,7 +130,9 @@ print("after it")
     ],
 )
 def test_streams_that_fail_end_nothing(shell, streams, printed, lost):
-    made, out, err = shell(f"'{sys.executable}' -c '{SMALL.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}' {streams}")
+    made, out, err = shell(
+        f"'{sys.executable}' -c '{SMALL.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}' {streams}"
+    )
     assert made == 0 and b"Traceback" not in err and b"Exception" not in err
     assert open("done").read() == str(not lost)
     assert out == (b'"%s"\n\n' % (b"x" * 200_000) if printed else b"")

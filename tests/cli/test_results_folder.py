@@ -1,12 +1,11 @@
-"""The folder of the results: never an input, swept of what killed runs left, and when it fails, what is missing is said."""
+"""The folder of the results: never an input, swept of what killed runs left, and what it lacks is said."""
 
 import errno
 import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 from commands import NET, TINY, document, failures, picture, run
@@ -36,7 +35,9 @@ def pictures(tmp_path, monkeypatch):
     return [picture("a.png"), picture("deep/b.png", 1)]
 
 
-@pytest.mark.parametrize("out", ["zfcore-projections", ".", "deep", "deep/results/x", "{here}/out", "../d/out", "../out"])
+@pytest.mark.parametrize(
+    "out", ["zfcore-projections", ".", "deep", "deep/results/x", "{here}/out", "../d/out", "../out"]
+)
 @pytest.mark.parametrize("root", [".", "{here}", "../d/"])
 def test_a_run_that_is_repeated_gives_the_same(pictures, capsys, root, out):
     root, out = (text.format(here=os.getcwd()) for text in (root, out))
@@ -104,17 +105,25 @@ def test_marks_are_read_of_regular_files_only(tmp_path):
 
 # ---- temporary files -------------------------------------------------------------------------------------
 
-KILLED = """
-import os, sys
-from zfcore.report.files import OutputFolder
-def replace(*_, **__): os.kill(os.getpid(), 9)
-os.replace = replace
-OutputFolder(sys.argv[1]).write("index.html", b"x")
-"""
+
+def forked(work):
+    """Do it in a child process, which ends without leaving this function; returns its process id."""
+    process = os.fork()
+    if not process:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return process
 
 
 def test_orphans_are_swept_and_nothing_else_is(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, cwd=tmp_path)
+    def killed():
+        os.replace = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        OutputFolder(tmp_path).write("index.html", b"x")
+
+    assert os.waitpid(forked(killed), 0)[1] == signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 2  # the orphan, and the module of factories
     kept = [".0123456789abcdeF.tmp", "0123456789abcdef.tmp", ".0123456789abcde.tmp", ".a.tmp", ".0123456789abcdef.tmp~"]
     for name in kept:
@@ -149,13 +158,12 @@ def test_a_writer_and_a_sweeper_do_not_meet(tmp_path, monkeypatch):
 
 
 def test_many_runs_write_to_one_folder(tmp_path):
-    writer = (
-        "import sys\nfrom zfcore.report.files import OutputFolder\n"
-        "for turn in range(30):\n with OutputFolder(sys.argv[1]) as folder: folder.write('index.html', b'x' * 1000)"
-    )
-    command = [sys.executable, "-c", writer, str(tmp_path / "out")]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
-    assert [(process.communicate()[1], process.returncode) for process in runs] == [(b"", 0)] * 3
+    def work():
+        for _ in range(60):
+            with OutputFolder(tmp_path / "out") as folder:
+                folder.write("index.html", b"x" * 1000)
+
+    assert [os.waitpid(process, 0)[1] for process in [forked(work) for _ in range(4)]] == [0] * 4
     assert os.listdir(tmp_path / "out") == ["index.html"]
 
 
@@ -242,7 +250,9 @@ def test_a_folder_in_the_place_of_a_file_stops_nothing_else(three, capsys, name,
     os.makedirs(f"out/{name}")
     assert run("project", *three, *TINY, "--out", "out") == 1
     error = capsys.readouterr().err
-    assert f"out: 'out/{name}' is a folder, where a file of that name is written; remove or rename it, or choose" in error
+    assert (
+        f"out: 'out/{name}' is a folder, where a file of that name is written; remove or rename it, or choose" in error
+    )
     assert "tmp" not in error
     files = {f"000{i}-{n}-project.png" for i, n in ((1, "a"), (2, "b"), (3, "c"))}
     files |= {"index.html", "results.json", "errors.jsonl"}

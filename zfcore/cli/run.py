@@ -97,7 +97,6 @@ class _Run:
     others: int = 0
     figures: int = 0
     embedded: int = 0  # bytes of the figures within the page
-    taken: int = 0  # inputs whose turn has been
 
     def over(self, inputs: list[_Input]) -> int:
         """Analyse the inputs in turn; returns the exit code. Raises: Interrupted, and whatever nobody expected, both
