@@ -80,6 +80,7 @@ def test_what_is_named_is_taken(pictures, capsys):
     figure = "one/0001-a-project.png"
     assert run("project", figure, ".", *QUICK, "--out", "two") == 0
     assert paths("two") == [figure, "./a.png", "./deep/b.png"]
+    assert capsys.readouterr().err == f"zfcore: note: 1 picture of those named drawn by zfcore ({figure!r})\n"
     picture("one/own.png")
     assert run("project", "one", *QUICK, "--out", "three") == 0 and paths("three") == ["one/own.png"]
     os.remove("one/own.png")
@@ -208,6 +209,15 @@ def test_a_folder_that_disappears(three, capsys, monkeypatch, happening):
         ("b.png", "NotWritten"), ("c.png", "NotWritten"),
     ]  # fmt: skip
     assert not os.path.isdir("out") or os.listdir("out") == []
+
+
+def test_a_working_folder_that_disappears(three, capsys, monkeypatch, tmp_path):
+    os.mkdir("here")
+    inputs = [os.path.abspath(path) for path in three]
+    monkeypatch.chdir("here")
+    at_turn(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "here"))
+    assert run("project", *inputs, *TINY, "--out", "out") == 1
+    assert f"not written: {inputs[1]!r}, {inputs[2]!r}, errors.jsonl" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_for_a_while(three, capsys, monkeypatch):

@@ -14,10 +14,14 @@ _WRITTEN = frozenset(("index.html", "results.json", "errors.jsonl"))
 
 
 class Inputs(NamedTuple):
-    """found: what is taken, skipped and passed over. drawn: figures of earlier runs, which are left out.
-    left: pictures that are no figures, and are left out since they lie in a folder that results are written to."""
+    """found: what is taken, skipped and passed over.
+    named:    figures of earlier runs among what is taken, since they were named.
+    drawn:    figures of earlier runs that are left out.
+    left:     pictures that are left out since they lie in a folder of results, and are no figures.
+    """
 
     found: FoundImages
+    named: list[str]
     drawn: list[str]
     left: list[str]
 
@@ -57,7 +61,7 @@ def find_inputs(paths: Sequence[str], out: str) -> Inputs:
         folder, name = os.path.split(path)
         if not (below_output(folder) or (name in _WRITTEN and is_output(folder))):
             found.others.append(path)
-    return Inputs(found, drawn, left)
+    return Inputs(found, sorted(filter(is_figure, named)), drawn, left)
 
 
 def _same(folder: str, out: str) -> bool:

@@ -59,6 +59,10 @@ def analyse_files(options: argparse.Namespace, console: Console, interrupts: Int
     subject = make_subject(options, console)
     inputs = find_inputs(options.images, options.out)
     found = inputs.found
+    if inputs.named:
+        console.complain(
+            f"note: {counted(len(inputs.named), 'picture')} of those named drawn by zfcore ({_listed(inputs.named)})"
+        )
     if inputs.left:
         console.complain(
             f"note: {counted(len(inputs.left), 'picture')} in folders of results left out ({_listed(inputs.left)}); "
@@ -105,6 +109,7 @@ class _Run:
         self._prepare()
         taken, stop, unwritten = 0, None, []
         with OutputFolder(self.options.out) as self.folder:
+            self.out = os.path.abspath(self.options.out)  # now, while there is a current folder
             try:
                 with tqdm(inputs, unit="picture", disable=self.options.no_progress) as bar:
                     for item in bar:
@@ -419,7 +424,7 @@ class _Run:
         settings = self._settings()
         self.document = {
             "settings": dict(settings),
-            "out": os.path.abspath(self.options.out),
+            "out": self.out,
             "results": self.results,
             "failures": failures,
         }
