@@ -132,7 +132,7 @@ class Console:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Inside, somebody else's code runs: the streams that it replaces are put back, and it waits for no input, except
+        """Inside, somebody else's code runs: the streams that it replaces are put back, and it waits for no input, but
         where stdin is a terminal, at which somebody may answer."""
         if os.isatty(_STDIN):
             empty, kept, before = None, -1, None
