@@ -201,14 +201,12 @@ def test_names_in_a_weights_file_are_checked_too(capsys):
         options = ("--model", f"{NET}:tiny", "--weights", "net.safetensors", "--no-progress", "--out", "out")
         return run("occlude", path, *COARSE, *options)
 
-    assert weights(("cat", "", "fox", "\x1b[2J", "bee")) == 0
+    assert weights(("cat", "", "fox", "\u202ewo", "bee")) == 0
     assert {c["index"]: c["name"] for c in document("out")["results"][0]["classes"]}[1] == "class 1"
     assert weights(FIVE[:4]) == 2
     assert "weights: 'net.safetensors' has 4 names for the network's 5 outputs" in capsys.readouterr().err
-    assert weights(FIVE, input_size=f"[{10**30}, 12]") == 2
-    assert "weights: 'net.safetensors' says that the network takes pictures" in capsys.readouterr().err
-    assert weights(FIVE, mean="[123.675]") == 2
-    assert "mean: (123.675,); expected numbers in 0..1" in capsys.readouterr().err
+    assert weights(FIVE, channels="4", mean="[0.5, 0.5, 0.5, 0.5]", std="[0.5, 0.5, 0.5, 0.5]") == 2
+    assert "weights: 'net.safetensors' is of a network for 4 channels; expected 1 or 3" in capsys.readouterr().err
 
 
 # ---- in Python -------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
-import math
 import os
 import sys
 import warnings
@@ -20,7 +19,6 @@ from zfcore.cli.interrupts import Interrupted
 from zfcore.cli.parser import DEFAULT_SIDE
 from zfcore.console import Console
 from zfcore.data.class_names import read_class_names
-from zfcore.data.images import MAX_PIXELS
 from zfcore.errors import ArgumentError, DeviceError
 
 __all__ = ["Subject", "each_channel", "from_here", "make_subject"]
@@ -91,12 +89,8 @@ def make_subject(options: argparse.Namespace, console: Console) -> Subject:
         mean, std = meta.mean, meta.std
     else:
         mean, std = (COLOUR_MEAN, COLOUR_STD) if channels == 3 else ((0.0,), (1.0,))
-    input_size = options.input_size or (meta.input_size if meta else (DEFAULT_SIDE, DEFAULT_SIDE))
-    if math.prod(input_size) > MAX_PIXELS or channels not in (1, 3):  # of a weights file; options are checked
-        raise ArgumentError(
-            f"weights: {options.weights!r} says that the network takes pictures {(channels, *input_size)}; expected "
-            f"1 or 3 channels and at most {MAX_PIXELS} pixels"
-        )
+    if channels not in (1, 3):  # of a weights file; the option is one of them
+        raise ArgumentError(f"weights: {options.weights!r} is of a network for {channels} channels; expected 1 or 3")
     device = _device(options.device)
     if options.classes is not None:
         classes, classes_from = read_class_names(options.classes), f"classes: {options.classes!r}"
@@ -107,10 +101,10 @@ def make_subject(options: argparse.Namespace, console: Console) -> Subject:
         spec=options.model,
         classes=classes,
         classes_from=classes_from,
-        input_size=input_size,
+        input_size=options.input_size or (meta.input_size if meta else (DEFAULT_SIDE, DEFAULT_SIDE)),
         channels=channels,
-        mean=_within("mean", each_channel("mean", options.mean, channels, mean)),
-        std=_within("std", each_channel("std", options.std, channels, std)),
+        mean=each_channel("mean", _within("mean", options.mean), channels, mean),
+        std=each_channel("std", _within("std", options.std), channels, std),
         device=device,
         dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
     )
@@ -131,8 +125,10 @@ def each_channel(name: str, given: tuple | None, channels: int, default: tuple) 
     return values
 
 
-def _within(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
-    """The numbers, if a mean or a deviation of pixels in 0..1 can be so; those of 0..255 would pass without a word."""
+def _within(name: str, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """The numbers given, if a mean or a deviation of pixels in 0..1 can be so; those of 0..255 would pass unnoticed."""
+    if values is None:
+        return None
     if name == "std" and not all(value > 0 for value in values):
         raise ArgumentError(f"std: {values}; expected numbers above 0")
     if not all(0 <= value <= 1 for value in values):
