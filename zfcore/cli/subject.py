@@ -103,8 +103,8 @@ def make_subject(options: argparse.Namespace, console: Console) -> Subject:
         classes_from=classes_from,
         input_size=options.input_size or (meta.input_size if meta else (DEFAULT_SIDE, DEFAULT_SIDE)),
         channels=channels,
-        mean=each_channel("mean", _within("mean", options.mean), channels, mean),
-        std=each_channel("std", _within("std", options.std), channels, std),
+        mean=_of_pixels("mean", options.mean, channels, mean),
+        std=_of_pixels("std", options.std, channels, std),
         device=device,
         dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
     )
@@ -125,13 +125,12 @@ def each_channel(name: str, given: tuple | None, channels: int, default: tuple) 
     return values
 
 
-def _within(name: str, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """The numbers given, if a mean or a deviation of pixels in 0..1 can be so; those of 0..255 would pass unnoticed."""
-    if values is None:
-        return None
+def _of_pixels(name: str, given: tuple | None, channels: int, default: tuple) -> tuple[float, ...]:
+    """`each_channel` of a mean or a deviation of pixels in 0..1; what is given of 0..255 would pass unnoticed."""
+    values = each_channel(name, given, channels, default)
     if name == "std" and not all(value > 0 for value in values):
         raise ArgumentError(f"std: {values}; expected numbers above 0")
-    if not all(0 <= value <= 1 for value in values):
+    if given is not None and not all(0 <= value <= 1 for value in values):
         raise ArgumentError(
             f"{name}: {values}; expected numbers in 0..1, of pixels in 0..1 (divide those of 0..255 by 255)"
         )
