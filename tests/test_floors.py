@@ -11,6 +11,7 @@ PACKAGE = ROOT / "zfcore"
 # A part may import the parts of lower floors, and itself.
 FLOOR = {
     "errors": 0,
+    "console": 1,
     "_C": 1,
     "kernels": 1,
     "reference": 1,

@@ -8,115 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+from commands import COARSE, NET, TINY, document, failures, picture, run
 from PIL import Image
 
+import zfcore
 from zfcore import cli, models
+from zfcore.cli import records
 from zfcore.data import sample_images
 from zfcore.errors import ArgumentError
 from zfcore.report import analysis
+from zfcore.report.files import OutputFolder
 
-NET = "zfcore_test_networks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Maps of a few kilobytes: with more threads, most of the time goes in threads waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def networks(tmp_path, monkeypatch):
-    """A module of factories, as a user would have it, and the folder of the test as the working folder."""
-    (tmp_path / f"{NET}.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-            from torch import nn
-
-            def tiny(channels=1):
-                torch.manual_seed(0)
-                return nn.Sequential(
-                    nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-                    nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(3),
-                    nn.Flatten(), nn.Linear(54, 5),
-                )
-
-            def colour():
-                return tiny(3)
-
-            def dense():
-                return nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
-
-            def probabilities():
-                return nn.Sequential(tiny(), nn.Softmax(1))
-
-            def fixed():
-                return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 5))
-
-            class Branches(nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.net = tiny()
-
-                def forward(self, x):
-                    return self.net(x) if x.sum() > 0 else self.net(-x)
-
-            def narrow():
-                return tiny().bfloat16()
-
-            class Breaks(nn.Module):
-                calls = 0
-
-                def __init__(self):
-                    super().__init__()
-                    self.net = tiny()
-
-                def forward(self, x):
-                    Breaks.calls += 1
-                    if Breaks.calls > 1:
-                        raise KeyError("surprise")
-                    return self.net(x)
-
-            def no_module():
-                return 3
-            """
-        )
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, NET, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
-def picture(path, seed=0, size=(12, 12)):
-    noise = np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    return str(path)
-
-
-TINY = ("--model", f"{NET}:tiny", "--input-size", "12", "--no-progress", "--device", "cpu")
-COARSE = ("--box", "6", "--stride", "3")
-
-
-def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
-
-
-def document(out):
-    with open(os.path.join(out, "results.json")) as file:
-        return json.load(file)
-
-
-def failures(out):
-    with open(os.path.join(out, "errors.jsonl")) as file:
-        return [json.loads(line) for line in file]
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 # ---- what it makes ---------------------------------------------------------------------------------------
@@ -182,7 +89,7 @@ def test_occlude(capsys):
 
 def test_occlude_of_classes_with_names(capsys):
     with open("names.txt", "w") as file:
-        file.write("cat\ndog\nShoe <b>\nhat\n\nbag\n")
+        file.write("cat\ndog\nShoe <b>\nhat\nbag\n\n")
     path = picture("a.png")
     options = (*TINY, *COARSE, "--classes", "names.txt", "--out", "out")
     assert run("occlude", path, *options, "--target", "SHOE <b>") == 0
@@ -246,6 +153,18 @@ def test_networks_without_convolutions_can_be_occluded(capsys):
     assert "runs no nn.Conv2d; name the layers with --layer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("factory", ["probabilities", "sigmoid"])
+def test_probabilities_that_a_network_gives_itself_are_shown_as_they_are(capsys, factory):
+    path = picture("a.png")
+    options = ("--model", f"{NET}:{factory}", "--input-size", 12, "--no-progress", "--out", "out")
+    assert run("project", path, *options) == 0
+    image = torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32) / 255)[None, None]
+    with torch.no_grad():
+        given = models.create(f"{NET}:{factory}")(image)[0]
+    shown = {c["index"]: c["probability"] for c in document("out")["results"][0]["classes"]}
+    assert [shown[i] for i in range(5)] == pytest.approx(given.tolist(), rel=1e-5)
+
+
 def test_what_falls_back_is_noted_in_one_line(capsys):
     path = picture("a.png")
     options = ("--model", f"{NET}:Branches", "--input-size", 12, "--no-progress", "--out", "out")
@@ -266,7 +185,7 @@ def test_json_is_the_results_file(capsys):
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():
-    text = cli._json({"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": -float("inf")}})
+    text = records.as_json({"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": -float("inf")}})
     assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": None}}
 
 
@@ -282,7 +201,7 @@ def test_progress_is_drawn_on_stderr_and_can_be_left_out(capsys):
 
 
 def test_figures_past_the_budget_are_linked_from_the_page(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(cli.run, "EMBEDDED_BYTES", 0)
     picture("a.png")
     assert run("project", "a.png", *TINY, "--out", "out") == 0
     page = open("out/index.html").read()
@@ -388,6 +307,19 @@ def test_mutated_files_are_read_or_listed(capsys):
     assert capsys.readouterr().err.count("\n") == len(failed)
 
 
+def test_a_damaged_file_is_reported_once(capfd):
+    """libtiff would add a line of its own, from C."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48), dtype=np.uint8)
+    Image.fromarray(noise).save("a.tif", compression="tiff_lzw")
+    data = bytearray(open("a.tif", "rb").read())
+    data[200:260] = (byte ^ 0x5A for byte in data[200:260])
+    with open("a.tif", "wb") as file:
+        file.write(data)
+    assert run("project", "a.tif", *TINY, "--out", "out") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("zfcore: 'a.tif': ") and error.count("\n") == 1
+
+
 def test_a_failure_of_the_analysis_is_the_inputs(capsys, monkeypatch):
     """An error that no argument caused and that no one expected."""
     for name in "abc":
@@ -480,9 +412,23 @@ def test_hostile_names_stay_inert_and_inside(capsys):
         ("project", ("--weights", "missing.safetensors"), "there is no such file"),
         ("project", ("--mean", "1,2"), "mean: .*expected one number or 1"),
         ("project", ("--std", "0"), "std: .*expected numbers above 0"),
+        ("project", ("--std=-0.5",), "std: .*expected numbers above 0"),
+        ("project", ("--std", "58.395"), "std: .*expected numbers in 0..1, of pixels in 0..1"),
+        ("project", ("--std", "1e-300"), "std: .*expected larger numbers: in torch.float32, pixels divided by them"),
+        ("project", ("--std", "1e-39"), "std: .*expected larger numbers"),
+        ("project", ("--mean", "123.675"), "mean: .*expected numbers in 0..1, of pixels in 0..1 .divide"),
+        ("occlude", ("--mean", "1.01"), "mean: .*expected numbers in 0..1"),
+        ("occlude", ("--mean=-0.1",), "mean: .*expected numbers in 0..1"),
+        ("occlude", ("--std", "0.5,0.5,0.5"), "std: .*expected one number or 1"),
+        ("occlude", ("--fill", "nan"), "fill: 'nan'; expected mean, grey"),
+        ("occlude", ("--fill", "1e400"), "fill: '1e400'; expected mean, grey"),
+        ("project", ("--model", f"{NET}:leaves"), "its code ended with SystemExit: 3; expected a factory"),
+        ("project", ("--model", f"{NET}:leaves_later"), "fails on a picture .*SystemExit"),
         ("project", ("--classes", "missing.txt"), "classes: 'missing.txt'; expected a text file"),
         ("project", ("--device", "gpu"), "device: 'gpu'; expected cpu, cuda or cuda:N"),
         ("project", ("--device", "meta"), "device: 'meta'; expected cpu"),
+        ("project", ("--device", "cpu:1"), "device: 'cpu:1'; expected cpu"),
+        ("project", ("--device", "cuda:" + "9" * 30), "device: 'cuda:9"),
         ("project", ("--out", "a.png"), "out: 'a.png'; expected a folder"),
     ],
 )
@@ -520,6 +466,7 @@ def test_a_device_that_is_not_there(capsys):
     "arguments, words",
     [
         ((), "required: COMMAND"),
+        (("project", "a.png", "--layer", "conv1@" + "9" * 5000), "argument --layer: '99999"),
         (("paint",), "invalid choice: 'paint'"),
         (("project",), "required: IMAGE"),
         (("occlude", "a.png", "--batch-size", "1" + "0" * 20), "--batch-size: '100000000000000000000'; expected a whole"),
@@ -541,6 +488,55 @@ def test_wrong_usage_exits_2(capsys, arguments, words):
     assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
+WHOLE = {
+    "project": ("--input-size", "--channels", "--unit", "--top", "--batch-size", "--max-pixels"),
+    "occlude": ("--input-size", "--channels", "--unit", "--box", "--stride", "--batch-size", "--max-pixels"),
+    "demo": ("--pictures", "--batch-size"),
+}
+DECIMAL = {"project": ("--mean", "--std"), "occlude": ("--mean", "--std"), "demo": ()}
+NO_WHOLE = ["", " ", "x", "-1", "1.5", "1e3", "1_0", "+1", "0x10", "\u0663", "nan", "inf", str(2**63), "9" * 5000]
+NO_DECIMAL = ["", "x", "nan", "inf", "-inf", "1e400", "1_0", "0x1p3", "\u0663", "0.5,nan", "0.5,", "0.5;0.5"]
+NO_DECIMAL += ["9" * 5000]
+
+
+@pytest.mark.parametrize("command", WHOLE)
+def test_numbers_that_are_none_or_too_large_exit_2_and_are_named(capsys, command):
+    cases = [(argument, value) for argument in WHOLE[command] for value in NO_WHOLE]
+    cases += [(argument, "0") for argument in WHOLE[command] if argument != "--unit"]
+    cases += [(argument, value) for argument in DECIMAL[command] for value in NO_DECIMAL]
+    for argument, value in cases:
+        with pytest.raises(SystemExit) as caught:
+            run(command, *([] if command == "demo" else ["a.png"]), f"{argument}={value}")
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and f"error: argument {argument}: " in last, (argument, value)
+        assert len(last) < 250 and not set(last) & set("\x1b")
+
+
+def test_the_largest_numbers_that_are_taken(capsys):
+    path, huge = picture("a.png"), 2**63 - 1
+    wide = ("--batch-size", huge, "--max-pixels", huge, "--out", "out")
+    assert run("project", path, *TINY, *wide, "--top", huge) == 0
+    assert run("occlude", path, *TINY, *wide, "--box", huge, "--stride", huge) == 0
+    assert run("occlude", path, *TINY, *wide, "--box", f"1x{huge}", "--stride", f"{huge}x1") == 0
+    assert run("project", path, *TINY, *wide, "--unit", huge) == 2
+    assert capsys.readouterr().err == f"zfcore: error: unit: {huge} of layer '0'; expected 0 to 3\n"
+
+
+def test_a_memory_that_is_too_small_is_one_line_without_a_stack(capsys, monkeypatch):
+    path, order = picture("a.png"), analysis.forward_order
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory\nException raised from alloc at x.cpp:1 (most recent call first):\nframe #0: f")
+
+    monkeypatch.setattr(analysis, "forward_order", fail)
+    assert run("project", path, *TINY, "--out", "out") == 2
+    assert "fails on a picture (1, 1, 12, 12) (no memory); see --input-size" in capsys.readouterr().err
+    monkeypatch.setattr(analysis, "forward_order", order)
+    monkeypatch.setattr(analysis, "project", fail)
+    assert run("project", path, *TINY, "--out", "out") == 1
+    assert failures("out")[0]["message"] == "no memory"
+
+
 def test_nothing_to_read(capsys):
     os.mkdir("in")
     assert run("project", "in", *TINY) == 2
@@ -559,7 +555,7 @@ def test_version_and_module(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--version")
     assert caught.value.code == 0 and capsys.readouterr().out.startswith("zfcore ")
-    source = os.path.dirname(os.path.dirname(cli.__file__))
+    source = os.path.dirname(os.path.dirname(zfcore.__file__))
     made = subprocess.run(
         [sys.executable, "-m", "zfcore", "paint"],
         capture_output=True,
@@ -592,13 +588,17 @@ def test_an_interrupted_run_keeps_what_it_did(capsys, monkeypatch, number, code,
     before = signal.getsignal(number)
     assert run("project", "a.png", "b.png", "c.png", *TINY, "--out", "out") == code
     assert signal.getsignal(number) is before
-    assert capsys.readouterr().err == f"zfcore: {words}; what was finished is in out\n"
+    line = f"zfcore: {words}; what was finished is in out; not analysed: 'b.png', 'c.png'\n"
+    assert capsys.readouterr().err == line
+    assert failures("out") == document("out")["failures"] == [
+        {"path": path, "error": "Interrupted", "message": f"not analysed: {words}"} for path in ("b.png", "c.png")
+    ]
     assert [result["path"] for result in document("out")["results"]] == ["a.png"]
     assert "a.png" in open("out/index.html").read()
     assert not [name for name in os.listdir("out") if name.endswith(".tmp")]
 
 
-def test_a_full_disk_is_one_line_and_exit_1(capsys, monkeypatch):
+def test_a_full_disk_says_what_to_do_and_exits_1(capsys, monkeypatch):
     picture("a.png")
 
     def fail(*_):
@@ -607,8 +607,66 @@ def test_a_full_disk_is_one_line_and_exit_1(capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     assert run("project", "a.png", *TINY, "--out", "out") == 1
     error = capsys.readouterr().err
-    assert error == "zfcore: error: [Errno 28] No space left on device\n"
+    assert error == (
+        "zfcore: error: out: 'out': 0001-a-project.png could not be written (No space left on device); make room "
+        "there, or choose another folder\n"
+        "zfcore: written: none; not written: 'a.png', errors.jsonl, results.json, index.html\n"
+    )
     assert os.listdir("out") == []
+
+
+def test_an_interrupted_run_prints_its_results_as_json(capsys, monkeypatch):
+    for name in "abc":
+        picture(f"{name}.png", ord(name))
+    original, calls = analysis.project, []
+
+    def project(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(analysis, "project", project)
+    assert run("project", "a.png", "b.png", "c.png", *TINY, "--json", "--out", "out") == 130
+    made = json.loads(capsys.readouterr().out)
+    assert [result["path"] for result in made["results"]] == ["a.png", "b.png"]
+    assert [failure["path"] for failure in made["failures"]] == ["c.png"]
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_signal_while_the_page_is_written(capsys, monkeypatch, turns):
+    """The first waits till it is; a second does not."""
+    picture("a.png")
+    write = OutputFolder.write
+
+    def signalled(self, name, data):
+        if name == "results.json":
+            for _ in range(turns):
+                signal.raise_signal(signal.SIGTERM)
+        return write(self, name, data)
+
+    monkeypatch.setattr(OutputFolder, "write", signalled)
+    assert run("project", "a.png", *TINY, "--out", "out") == 143
+    assert capsys.readouterr().err == "zfcore: terminated; what was finished is in out\n"
+    assert os.path.exists("out/index.html") == (turns == 1) and os.path.exists("out/0001-a-project.png")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(capsys, monkeypatch):
+    """As SIGINT is in what a shell runs in the background."""
+    picture("a.png")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        original = analysis.project
+
+        def project(*arguments, **options):
+            signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(analysis, "project", project)
+        assert run("project", "a.png", *TINY, "--out", "out") == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_planted_links_in_the_out_folder_are_not_followed(capsys):

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from zfcore.deconvnet import deconv_project
+from zfcore.engine.measuring import last_operation
 from zfcore.errors import ArgumentError, LayerNotFound
 from zfcore.network import evaluating, resolve_layer
 from zfcore.occlusion import Occlusion, occlusion_map
 from zfcore.report.figures import FeatureProjection, LayerProjections
 
-__all__ = ["Seen", "conv_layers", "forward_order", "look", "occlude", "project", "rectified"]
+__all__ = ["Seen", "conv_layers", "ends_in_sigmoid", "forward_order", "look", "occlude", "project", "rectified"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def forward_order(model: nn.Module, image: Tensor) -> list[str]:
         for handle in handles:
             handle.remove()
     return running
+
+
+def ends_in_sigmoid(model: nn.Module, image: Tensor) -> bool:
+    """Whether the network's outputs are probabilities already, each class's own. image: [1, C, H, W]."""
+    node = last_operation(model, image)
+    return node is not None and node.name().startswith(("SigmoidBackward", "HardsigmoidBackward"))
 
 
 def conv_layers(model: nn.Module, order: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ PAPER, INK, MUTED, RULE = (255, 255, 255), (24, 26, 31), (96, 101, 112), (222, 2
 OUTSIDE = (232, 234, 238)  # what lies past the picture's edge
 
 _SMALLEST_SHOWN = 1e-12
+_LONGEST = 400  # characters of a line
 
 
 _STAND_INS = str.maketrans({"\N{MULTIPLICATION SIGN}": "x", "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-"})
@@ -63,7 +64,7 @@ def _shortened(text: str, size: int, width: float) -> str:
     """The text, or its two ends with dots between, in at most `width` pixels."""
     if _text_width(text, size) <= width:
         return text
-    for kept in range(min(len(text), 400) - 1, 1, -1):
+    for kept in range(min(len(text), _LONGEST) - 1, 1, -1):
         head = (kept + 1) // 2
         short = f"{text[:head]}...{text[len(text) - (kept - head) :]}"
         if _text_width(short, size) <= width:
@@ -116,6 +117,8 @@ class Sheet:
     def text(
         self, x: float, y: float, text: str, size: int = 15, fill=INK, anchor: str = "la", width: float = 1e9
     ) -> None:
+        if len(text) > _LONGEST:  # measuring takes time for each character
+            text = f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 2 :]}"
         self.draw.text(
             (x, y), _shortened(_drawable(text), size, width), fill=fill, font=_font(size), anchor=anchor
         )

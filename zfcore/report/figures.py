@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from zfcore.data.class_names import as_class_names, class_label
 from zfcore.occlusion import Occlusion
 from zfcore.report.colour import DIVERGING, SEQUENTIAL, categorical, coloured, luma
 from zfcore.report.drawing import (
@@ -212,12 +213,17 @@ def occlusion_figure(
     measurement of the box whose centre is nearest. Panels: the picture with the box that cost most; the
     total activation of the feature's map, and that map projected (where `feature` is given); the score of
     the target; the most probable class; the mean drop over the boxes that cover a pixel, over the picture.
+    class_names: [K] texts, that of class 0 first; a class past their end is shown as "class 7", and one that shares
+    its name with another with its index.
+
+    Raises: DtypeError for class names that are no texts.
     """
+    class_names = as_class_names(class_names)
     shown = rgb_array(picture)
     base = enlarged(shown, _PANEL)
     view = _View(occlusion, index, base.size)
     probability = score == "probability"
-    target = "target" if occlusion.targets is None else _name(class_names, int(occlusion.targets[index]))
+    target = "target" if occlusion.targets is None else class_label(class_names, int(occlusion.targets[index]))
     form = percent if probability else number
     scores = occlusion.scores[index].detach().cpu().double().numpy()
     clean = float(occlusion.clean[index])
@@ -412,15 +418,11 @@ def _classes(
     entries = []
     for (label, count), shade in zip(order[:most], shades, strict=True):
         palette[label] = shade
-        entries.append((shade, f"{_name(names, label)}  {percent(count / labels.size)}"))
+        entries.append((shade, f"{class_label(names, label)}  {percent(count / labels.size)}"))
     if len(order) > most:
         rest = sum(count for _, count in order[most:]) / labels.size
         entries.append(((200, 200, 200), f"{len(order) - most} others  {percent(rest)}"))
     return palette, entries
-
-
-def _name(names: Sequence[str], index: int) -> str:
-    return names[index] if index < len(names) else f"class {index}"
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
