@@ -25,7 +25,7 @@ MAX_SIDE = 2**20  # Pillow keeps a pointer for each row
 
 # With Python and torch in memory, about 220 MB, reading a picture stays under 1 GB and 10 s.
 _BYTES_A_PIXEL = 10.5  # of MAX_PIXELS, while decoding
-_SECONDS = 8  # of processor time, for MAX_PIXELS
+_SECONDS = 7  # of processor time, for MAX_PIXELS
 
 _TURNED = {  # EXIF's orientation -> how the stored pixels become upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -52,7 +52,9 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
     def strips() -> Iterator[np.ndarray]:
         file.seek(start)
         if run_length:
-            rows = iter([_runs(file.read(_MAX_RUNS + 1), width, height, compression == _RLE4, deadline)])
+            whole = _runs(file.read(_MAX_RUNS + 1), width, height, compression == _RLE4, deadline)
+            step = strip_rows(width)
+            rows = (whole[top : top + step] for top in range(0, height, step))
         else:
             rows = _rows(file, start, width, height, depth, upside_down)
         for strip in rows:

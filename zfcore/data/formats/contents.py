@@ -13,6 +13,7 @@ from PIL import Image
 
 from zfcore.errors import ImageError
 
+_MOST = 2**22  # bytes read at once, though a decoder asks for a whole gap between strips
 CUT_OFF = "damaged or truncated (it ends too early)"
 
 
@@ -94,7 +95,7 @@ class Pieces(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         self._deadline.check()
-        end = self._length if size is None or size < 0 else min(self._at + size, self._length)
+        end = self._length if size is None or size < 0 else min(self._at + min(size, _MOST), self._length)
         parts = []
         for start, stop, source in self._pieces:
             if start <= self._at < min(stop, end):

@@ -26,14 +26,14 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
         if label == b"\xf9":
             (length,) = take(file, 1)
             control = take(file, length)[:4] if length >= 4 else b""
-        _skip(file)
+        _skip(file, deadline)
     else:
         raise ImageError(f"over {_MAX_EXTENSIONS} GIF extensions before the pixels; expected fewer")
     left, top, frame_width, frame_height, frame_flags = struct.unpack("<HHHHB", take(file, 9))
     frame_table = take(file, 3 << (frame_flags & 7) + 1) if frame_flags & 0x80 else b""
     start = file.tell()
     take(file, 1)  # the code size
-    _skip(file)
+    _skip(file, deadline)
     end = file.tell()
 
     # Pillow sees a picture of the frame's size: what lies around it is white here, and not colour 0.
@@ -49,15 +49,17 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
         (frame_width, frame_height),
         1,
         decode,
-        animated=_another(file),
+        animated=_another(file, deadline),
         key=control[3] if control and control[0] & 1 else None,
         canvas=None if (width, height) == (frame_width, frame_height) else (width, height, left, top),
     )
 
 
-def _skip(file: BinaryIO) -> None:
+def _skip(file: BinaryIO, deadline: Deadline) -> None:
     """Steps over blocks, to behind the empty one that ends them (or to the end of a file that is cut off)."""
-    for _ in range(_MAX_BLOCKS):
+    for count in range(_MAX_BLOCKS):
+        if count % 4096 == 0:
+            deadline.check()
         length = file.read(1)
         if not length or not length[0]:
             return
@@ -65,12 +67,12 @@ def _skip(file: BinaryIO) -> None:
     raise ImageError(f"over {_MAX_BLOCKS} GIF blocks in a row; expected fewer")
 
 
-def _another(file: BinaryIO) -> bool:
+def _another(file: BinaryIO, deadline: Deadline) -> bool:
     """Whether a further frame follows."""
     for _ in range(_MAX_EXTENSIONS):
         kind = file.read(1)
         if kind != b"!":
             return kind == b","
         file.read(1)
-        _skip(file)
+        _skip(file, deadline)
     return True

@@ -45,7 +45,7 @@ class Header(NamedTuple):
 
 
 def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
-    head = header(file)
+    head = header(file, deadline)
     width, height = head.size
     bytes_a_pixel = 1 if len(head.sampling) == 1 else 4
     if head.several:  # 16-bit coefficients of every component
@@ -68,7 +68,7 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
     )
 
 
-def header(file: BinaryIO) -> Header:
+def header(file: BinaryIO, deadline: Deadline) -> Header:
     """The segments from the file's position up to the first scan."""
     begin = file.tell()
     if take(file, 2) != b"\xff\xd8":
@@ -76,6 +76,7 @@ def header(file: BinaryIO) -> Header:
     parts = [b"\xff\xd8"]
     frame, exif, frames = None, b"", 1
     for _ in range(_MAX_SEGMENTS):
+        deadline.check()
         marker = _next_marker(file)
         at = file.tell() - 2
         if at - begin > _MAX_HEADER:

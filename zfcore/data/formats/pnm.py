@@ -37,7 +37,7 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
         file.seek(start)
         samples = None
         if plain:
-            samples = _gathered(_plain(file, bitmap), width * channels, height)
+            samples = _gathered(_plain(file, bitmap, deadline), width * channels, height)
         elif bitmap:
             samples = _bits(file, width, height)
         else:
@@ -81,10 +81,11 @@ def _bits(file: BinaryIO, width: int, height: int) -> Iterator[np.ndarray]:
         yield np.unpackbits(packed, axis=1, count=width)
 
 
-def _plain(file: BinaryIO, bitmap: bool) -> Iterator[np.ndarray]:
+def _plain(file: BinaryIO, bitmap: bool, deadline: Deadline) -> Iterator[np.ndarray]:
     """The samples of plain text, a block at a time. Comments reach to the end of their line."""
     rest, comment = b"", False
     while True:
+        deadline.check()
         block = file.read(_BLOCK)
         text = (b"#" if comment else b"") + rest + block + (b"" if block else b"\n")
         text = _COMMENT.sub(b"\n", text)
@@ -101,14 +102,14 @@ def _plain(file: BinaryIO, bitmap: bool) -> Iterator[np.ndarray]:
             yield np.frombuffer((text + rest).translate(None, _SPACE), np.uint8) - ord("0")
             rest = b""
         else:
-            yield np.array(text.split(), dtype="S8").astype(np.uint32)
+            yield np.fromstring(text, np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
         if not block:
             return
 
 
 def _gathered(blocks: Iterator[np.ndarray], row: int, height: int) -> Iterator[np.ndarray]:
     """Blocks of any length, as strips of whole rows."""
-    rest = np.empty(0, np.uint32)
+    rest = np.empty(0, np.int64)
     for block in blocks:
         rest = np.concatenate([rest, block])
         rows = min(len(rest) // row, height)

@@ -5,9 +5,10 @@ one of them may take is bounded by the directory.
 """
 
 import struct
+import zlib
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from zfcore.data.formats import jpeg, libtiff
 from zfcore.data.formats.contents import CUT_OFF, Contents, Deadline, opened, take
@@ -40,6 +41,9 @@ _MAX_ENTRIES = 2**12
 _MAX_PARTS = 2**17  # strips or tiles; Pillow sets a decoder up for each
 _MAX_NUMBERS = 2**22  # bytes of other values: Pillow makes a Python object of each number
 _MAX_SUB_DIRECTORY = 2**20
+_TRUSTED_DEFLATE = 2**25  # bytes that take at most 2 s, whatever they are
+_INFLATE_SECONDS = 3
+_ZSTD_WINDOW = 2**27
 
 
 class _Directory(NamedTuple):
@@ -70,16 +74,24 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
     kind.check(order)
     total = file.seek(0, 2)
     cost = _cost(tags, kind, width, height, total)
+    if kind.compression in (_DEFLATE, _OLD_DEFLATE):
+        _check_deflate(file, tags)
     if kind.compression == _JPEG:
-        _check_jpegs(file, tags)
+        _check_jpegs(file, tags, deadline)
 
     def decode() -> Image.Image:
         # libtiff opens the file's descriptor itself; only what is not compressed is read through the clock.
         with libtiff.quiet():
-            if kind.compression == _NONE:
-                return opened(file, [(0, total)], "TIFF", deadline)
-            file.seek(0)
-            image = Image.open(file, formats=("TIFF",))
+            try:
+                if kind.compression == _NONE:
+                    return opened(file, [(0, total)], "TIFF", deadline)
+                file.seek(0)
+                image = Image.open(file, formats=("TIFF",))
+            except UnidentifiedImageError:
+                raise ImageError(
+                    f"a TIFF of {kind.samples} {kind.bits}-bit samples a pixel, photometric "
+                    f"{kind.photometric}, extra samples {kind.extra}: a kind that is not read"
+                ) from None
             image.load()
             return image
 
@@ -166,10 +178,14 @@ class _Kind(NamedTuple):
 
     def _not_read(self, order: str, grey: bool) -> str | None:
         """Combinations that Pillow has no words for, or reads wrongly."""
-        if self.planar and (self.bits != 8 or grey or self.photometric == _YCBCR or 1 in self.extra):
+        if self.planar and (self.bits != 8 or self.photometric not in (_RGB, _CMYK) or 1 in self.extra):
             return "in separate planes"
-        if self.fill_order != 1 and self.bits != 1:
+        if self.fill_order != 1 and not (grey and self.bits == 1 and self.compression in (_NONE, *_FAX)):
             return "with the bits of each byte turned round"
+        if self.predictor != 1 and self.compression not in (_LZW, _DEFLATE, _OLD_DEFLATE, _ZSTD):
+            return f"predicted (predictor {self.predictor}), which compression {self.compression} does not know"
+        if 1 in self.extra and self.bits == 16:
+            return "multiplied by alpha"
         if order == ">" and self.bits in (12, 32) and (
             self.format == _UNSIGNED or self.compression != _NONE
         ):  # fmt: skip
@@ -250,18 +266,40 @@ def _cost(tags: dict[int, tuple], kind: _Kind, width: int, height: int, total: i
     decoded = across * down * samples * kind.bits / 8
     memory = pixels * (1 if kind.samples == 1 and kind.bits <= 8 else 4)
     if kind.compression != _NONE:
+        memory += _ZSTD_WINDOW if kind.compression == _ZSTD else 0
         memory += decoded * (2 if kind.photometric == _YCBCR else 1) + min(sum(sizes), total)
         if sum(sizes) > 2 * pixels * kind.samples * kind.bits / 8 + 2**20:
             raise ImageError(f"{sum(sizes)} bytes of compressed TIFF for {width} x {height} pixels; expected fewer")
     return memory / pixels
 
 
-def _check_jpegs(file: BinaryIO, tags: dict[int, tuple]) -> None:
+def _check_jpegs(file: BinaryIO, tags: dict[int, tuple], deadline: Deadline) -> None:
     """Each strip or tile is a JPEG of its own; libjpeg goes over it once for each scan."""
     for offset in tags.get(_STRIPS) or tags.get(_TILES, ()):
         file.seek(offset)
-        if jpeg.header(file).several:
+        if jpeg.header(file, deadline).several:
             raise ImageError("a TIFF of progressive JPEG; expected a single scan in each strip")
+
+
+def _check_deflate(file: BinaryIO, tags: dict[int, tuple]) -> None:
+    """Inflates a large file's strips once before libtiff does, which cannot be stopped: a deflate stream can
+    hold the decoder at 60 ms for each MB that gives no byte."""
+    sizes = tags.get(_STRIP_BYTES) or tags.get(_TILE_BYTES, ())
+    if sum(sizes) < _TRUSTED_DEFLATE:
+        return
+    deadline = Deadline(_INFLATE_SECONDS)
+    for offset, size in zip(tags.get(_STRIPS) or tags.get(_TILES, ()), sizes, strict=False):
+        file.seek(offset)
+        stream = zlib.decompressobj()
+        while size > 0 and not stream.eof:
+            data = file.read(min(size, 2**16))
+            if not data:
+                raise ImageError(CUT_OFF)
+            size -= len(data)
+            while data and not stream.eof:
+                deadline.check()
+                stream.decompress(data, 2**20)
+                data = stream.unconsumed_tail
 
 
 def _one(tags: dict[int, tuple], tag: int, default: int | None = None) -> int | None:
