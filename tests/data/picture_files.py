@@ -20,7 +20,7 @@ def chunk(kind, body):
 
 def png(samples, depth, colour, *extra):
     """samples: [H, W, S] integers; extra: (kind, body) of chunks before the pixels."""
-    height, width, count = samples.shape
+    height, width, _ = samples.shape
     lines = packed(samples.reshape(height, -1), depth)
     data = b"".join(b"\0" + line.tobytes() for line in lines)
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)

@@ -109,7 +109,12 @@ def test_png_of_sixteen_bit_colour_says_that_it_is_cut(tmp_path):
 def test_png_samples_are_taken_as_they_stand(read):
     """No gamma and no profile is applied, nor is text looked at."""
     array = samples(5, 11, 3, 8)
-    extra = [(b"gAMA", struct.pack(">I", 100000)), (b"sRGB", b"\0"), (b"iCCP", b"x\0\0broken"), (b"zTXt", b"?")]
+    extra = [
+        (b"gAMA", struct.pack(">I", 100000)),
+        (b"sRGB", b"\0"),
+        (b"iCCP", b"x\0\0broken"),
+        (b"zTXt", b"?"),
+    ]
     assert np.abs(read(files.png(array, 8, 2, *extra)) - array / 255).max() <= EXACT
 
 
@@ -161,7 +166,7 @@ def must_read(photometric, bits, form, extra, planar):
     if planar == 2:
         return bits == 8 and form == UNSIGNED and photometric == RGB and extra in ((), (2,))
     if form == UNSIGNED and not extra:
-        depths = {BLACK: (1, 2, 4, 8, 16), WHITE: (1, 2, 4, 8), RGB: (8, 16), PALETTE: (1, 2, 4, 8), CMYK: (8, 16), YCBCR: (8,)}  # fmt: skip
+        depths = {BLACK: (1, 2, 4, 8, 16), WHITE: (1, 2, 4, 8), RGB: (8, 16), PALETTE: (1, 2, 4, 8), CMYK: (8,), YCBCR: (8,)}  # fmt: skip
         return bits in depths.get(photometric, ())
     if form == UNSIGNED:
         return photometric == RGB and (bits, extra) in ((8, (0,)), (8, (1,)), (8, (2,)), (16, (2,)))
@@ -171,7 +176,10 @@ def must_read(photometric, bits, form, extra, planar):
 TIFF_KINDS = [
     (photometric, extra, bits, form)
     for photometric, extra, bits, form in itertools.product(
-        COLOURS, ((), (0,), (1,), (2,)), (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 64), (UNSIGNED, SIGNED, FLOAT)
+        COLOURS,
+        ((), (0,), (1,), (2,)),
+        (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 64),
+        (UNSIGNED, SIGNED, FLOAT),
     )
     if (form == UNSIGNED or bits in (8, 16, 32, 64)[form == FLOAT :])
     and not (photometric == PALETTE and (bits > 16 or form != UNSIGNED))
@@ -201,8 +209,8 @@ def test_tiff(read, photometric, extra, bits, form):
     for order, planar, compression, layout in itertools.product("<>", (1, 2), (1, 8), LAYOUTS):
         if planar == 2 and count == 1 or layout and bits % 8:
             continue
-        options = dict(order=order, planar=planar, compression=compression, form=form, extra_samples=extra)
-        data = files.tiff(array, bits, photometric, more=more, **options, **layout)
+        options = {"order": order, "planar": planar, "compression": compression, "form": form}
+        data = files.tiff(array, bits, photometric, more=more, extra_samples=extra, **options, **layout)
         try:
             ours = read(data)
         except ImageError as error:
@@ -226,7 +234,13 @@ def test_tiff_of_twelve_bits(read):
         (np.array([[[-128], [-1], [0], [127]]], np.int8), 8, 1, {"form": 2}, "signed integer samples"),
         (np.array([[[0], [0.25], [1]]]), 64, 1, {"form": 3}, "64-bit float samples in a TIFF; expected 32"),
         (np.array([[[0], [0.25], [1]]], np.float16), 16, 1, {"form": 3}, "16-bit float samples"),
-        (np.ones((2, 2, 3), np.float32), 32, 2, {"form": 3}, "32-bit colour samples|float samples of a colour"),
+        (
+            np.ones((2, 2, 3), np.float32),
+            32,
+            2,
+            {"form": 3},
+            "32-bit colour samples|float samples of a colour",
+        ),
         (np.ones((2, 2, 3), np.uint16), 16, 2, {"planar": 2}, "16-bit colour samples, in separate planes"),
         (np.ones((2, 2, 1), np.uint16), 10, 1, {}, "10-bit grey samples in a TIFF; expected 1, 2, 4, 8, 12"),
         (np.ones((2, 2, 3), np.uint8), 8, 8, {}, r"CIE L\*a\*b\*"),
@@ -282,7 +296,9 @@ def test_pnm(read, maxval, channels, plain):
     array = np.random.default_rng(0).integers(0, maxval + 1, (5, 7, channels))
     magic = {(1, False): 5, (3, False): 6, (1, True): 2, (3, True): 3}[channels, plain]
     if plain:
-        body = "# a comment\n" + " ".join(map(str, array.reshape(-1).tolist())).replace(" ", "\n#7 8 9\r\n", 1)
+        body = "# a comment\n" + " ".join(map(str, array.reshape(-1).tolist())).replace(
+            " ", "\n#7 8 9\r\n", 1
+        )
         body = body.encode()
     else:
         body = array.astype(np.uint8 if maxval < 256 else ">u2").tobytes()
@@ -426,7 +442,9 @@ def test_what_the_first_frame_of_a_gif_leaves_is_white(tmp_path):
     array = samples(6, 9, 1, 7)[..., 0]
     palette = samples(1, 128, 3, 8, seed=1)[0]
     for screen, at, background in (((20, 10), (3, 2), 5), ((9, 6), (1, 1), 0), ((2, 2), (0, 0), 0)):
-        (tmp_path / "a.gif").write_bytes(files.gif(array, palette, screen=screen, at=at, background=background))
+        (tmp_path / "a.gif").write_bytes(
+            files.gif(array, palette, screen=screen, at=at, background=background)
+        )
         picture = read_image(tmp_path / "a.gif")
         height, width = max(screen[1], at[1] + 6), max(screen[0], at[0] + 9)  # a screen grows to hold it
         want = np.ones((height, width, 3))
@@ -464,7 +482,13 @@ def test_first_frame_of_an_animated_webp_with_metadata(tmp_path):
     array = samples(6, 9, 3, 8)
     frames = [Image.fromarray(array), Image.fromarray(255 - array), Image.fromarray(array)]
     data = _saved(
-        frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, exif=exif, icc_profile=b"y" * 99
+        frames[0],
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        lossless=True,
+        exif=exif,
+        icc_profile=b"y" * 99,
     )
     (tmp_path / "a.webp").write_bytes(data)
     picture = read_image(tmp_path / "a.webp")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 __all__ = ["SUFFIXES", "FoundImages", "find_images", "not_regular"]
 
 SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm".split()
-)
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+     ".ppm", ".pgm", ".pbm", ".pnm")
+)  # fmt: skip
 
 
 class FoundImages(NamedTuple):

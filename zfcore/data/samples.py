@@ -1,4 +1,4 @@
-"""From a decoded picture to grey or RGB samples on white, a strip at a time: no second copy of a large one."""
+"""From a decoded picture to grey or RGB on white, a strip at a time: large ones are not copied twice."""
 
 from collections.abc import Callable, Iterator
 
@@ -42,7 +42,9 @@ def _opaque(image: Image.Image, contents: Contents, notes: list[str]) -> Image.I
         return _mapped(_palette_on_white(image, key), "RGB", lambda strip: strip.convert("RGB"))
     if mode in ("1", "L"):
         grey = image if mode == "L" else image.convert("L")
-        return grey if key is None else grey.point([_WHITE if level == key else level for level in range(256)])
+        if key is None:
+            return grey
+        return grey.point([_WHITE if level == key else level for level in range(256)])
     if mode in ("LA", "La", "RGBA", "PA"):
         # Hidden colours under transparent pixels must not show, so the picture is laid on white.
         return _mapped(image, "L" if mode[0] == "L" else "RGB", _on_white)
@@ -113,8 +115,8 @@ def _from_integers(strip: Image.Image, contents: Contents) -> Image.Image:
 
 def _from_floats(image: Image.Image, contents: Contents, notes: list[str]) -> Image.Image:
     """Float samples: 0..1 by convention; 0..255, which some programs write, is noted."""
-    ranges = [(float(array.min()), float(array.max())) for _, array in _arrays(image)]
-    low, high = np.min([low for low, _ in ranges]), np.max([high for _, high in ranges])  # NaN wins
+    ranges = np.array([(array.min(), array.max()) for _, array in _arrays(image)])
+    low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())  # NaN wins
     if not (low >= 0 and high <= 255):
         raise ImageError(f"float samples from {low:g} to {high:g}; expected 0..1 or 0..255")
     if high > 1:

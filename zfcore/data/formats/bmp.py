@@ -6,7 +6,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from zfcore.data.formats.contents import CUT_OFF, Contents, Deadline, assembled, strip_rows, take
+from zfcore.data.formats.contents import (
+    CUT_OFF,
+    Contents,
+    Deadline,
+    assembled,
+    strip_rows,
+    take,
+)
 from zfcore.errors import ImageError
 
 _CORE, _OS2 = 12, 64
@@ -37,10 +44,9 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
         raise ImageError(f"a BMP with compression {compression} at {depth} bits a pixel; expected raw or RLE")
     masks = _DEFAULT_MASKS.get(depth)
     if masked:
-        inside = length >= 52  # otherwise they follow the header
-        count = 4 if length >= 56 or compression == _ALPHA_MASKS and not inside else 3
-        masks = struct.unpack_from(f"<{count}I", header, 36) if inside else struct.unpack(f"<{count}I", take(file, 4 * count))  # fmt: skip
-        masks = (*masks, 0)[:4]
+        count = 4 if length >= 56 or compression == _ALPHA_MASKS and length == 40 else 3
+        where = header[36:] if length >= 52 else take(file, 4 * count)  # inside of the header, or behind it
+        masks = (*struct.unpack_from(f"<{count}I", where), 0)[:4]
         if not any(masks):  # as some programs write them, for the usual order with alpha
             masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
     palette = _palette(file, depth, colours, 3 if length == _CORE else 4, offset) if depth <= 8 else None

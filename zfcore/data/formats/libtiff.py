@@ -14,7 +14,7 @@ _former: list = []
 @contextmanager
 def quiet() -> Iterator[None]:
     """libtiff prints from C, past Python, by a handler of the whole process: off while any thread reads a
-    TIFF, then as it was. Where the library cannot be found (linked into Pillow without its names) it prints."""
+    TIFF, then as it was. It prints where it cannot be found (linked into Pillow without its names)."""
     global _users
     setters = _setters()
     with _lock:

@@ -17,7 +17,9 @@ _MAX_CHUNKS = 2**18  # enough for 64 million pixels in chunks of 1 KB
 _MAX_KEPT = 2**24  # bytes of one chunk that is read whole
 
 _GREY, _RGB, _PALETTE, _GREY_ALPHA, _RGB_ALPHA = 0, 2, 3, 4, 6
-_DEPTHS = {_GREY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GREY_ALPHA: (8, 16), _RGB_ALPHA: (8, 16)}  # fmt: skip
+_DEPTHS = {
+    _GREY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GREY_ALPHA: (8, 16), _RGB_ALPHA: (8, 16)
+}  # fmt: skip
 
 
 def inspect(file: BinaryIO, deadline: Deadline) -> Contents:

@@ -1,4 +1,7 @@
-"""PBM, PGM, PPM (plain and raw) and PFM: read here, since any `maxval` and plain text are slow or wrong in Pillow."""
+"""PBM, PGM and PPM, plain and raw, and PFM of one channel.
+
+Read here: Pillow goes over plain text, and over any `maxval` but 255 and 65535, a sample at a time.
+"""
 
 import math
 import re
@@ -7,7 +10,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from zfcore.data.formats.contents import CUT_OFF, Contents, Deadline, assembled, strip_rows, take
+from zfcore.data.formats.contents import (
+    CUT_OFF,
+    Contents,
+    Deadline,
+    assembled,
+    strip_rows,
+    take,
+)
 from zfcore.errors import ImageError
 
 MAGIC = re.compile(rb"P[1-6f]\s")
@@ -35,7 +45,6 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
 
     def strips() -> Iterator[np.ndarray]:
         file.seek(start)
-        samples = None
         if plain:
             samples = _gathered(_plain(file, bitmap, deadline), width * channels, height)
         elif bitmap:
@@ -43,9 +52,11 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
         else:
             samples = _raw(file, "u1" if maxval < 256 else ">u2", width * channels, height)
         for strip in samples:
-            if strip.max() > maxval:
-                raise ImageError(f"damaged or truncated (a sample of {strip.max()} above the maxval {maxval})")
-            yield _levels(strip, maxval, mode, bitmap).reshape(-1, width, channels).squeeze(2 if channels == 1 else ())
+            brightest = strip.max()
+            if brightest > maxval:
+                raise ImageError(f"damaged or truncated (a sample {brightest} above the maxval {maxval})")
+            levels = _levels(strip, maxval, mode, bitmap)
+            yield levels.reshape(-1, width, 3) if channels == 3 else levels
 
     notes = (f"colour of {maxval + 1} levels: read as 256",) if channels == 3 and maxval > 255 else ()
     return Contents(

@@ -26,15 +26,19 @@ _READ = {  # the tags whose values count here
     _SUBSAMPLING, _REFERENCE, _EXIF, _GPS,
 }  # fmt: skip
 
-_NONE, _FAX, _LZW, _JPEG, _DEFLATE, _PACKBITS, _OLD_DEFLATE, _ZSTD = 1, (2, 3, 4), 5, 7, 8, 32773, 32946, 50000
+_NONE, _LZW, _JPEG, _DEFLATE, _PACKBITS, _OLD_DEFLATE, _ZSTD = 1, 5, 7, 8, 32773, 32946, 50000
+_FAX = (2, 3, 4)
 _COMPRESSIONS = (_NONE, *_FAX, _LZW, _JPEG, _DEFLATE, _PACKBITS, _OLD_DEFLATE, _ZSTD)
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _COLOUR_SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
-_PHOTOMETRICS = {4: "a mask", 8: "CIE L*a*b*", 9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array",
-                 32844: "log luminance", 32845: "log LUV", 34892: "linear raw"}  # fmt: skip
-_UNSIGNED, _SIGNED, _FLOAT, _VOID = 1, 2, 3, 4
+_PHOTOMETRICS = {
+    4: "a mask", 8: "CIE L*a*b*", 9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array",
+    32844: "log luminance", 32845: "log LUV", 34892: "linear raw",
+}  # fmt: skip
+_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_SIZES |= {16: 8, 17: 8, 18: 8}
 _NUMBERS = {1: "B", 3: "H", 4: "I", 11: "f", 12: "d", 13: "I", 16: "Q", 18: "Q"}
 _BYTES = (1, 2, 6, 7)  # types that Pillow keeps as they are
 _MAX_ENTRIES = 2**12
@@ -47,7 +51,7 @@ _ZSTD_WINDOW = 2**27
 
 
 class _Directory(NamedTuple):
-    """tags: the values that count. stored: bytes of all values. further: whether another directory follows."""
+    """tags: the values that count. stored: bytes of all values. further: whether another one follows."""
 
     tags: dict[int, tuple]
     stored: int
@@ -160,18 +164,21 @@ class _Kind(NamedTuple):
         colours = _COLOUR_SAMPLES[self.photometric]
         if self.samples < colours:
             raise ImageError(f"damaged or truncated (a TIFF of {self.samples} samples; expected {colours})")
-        name = "float" if self.format == _FLOAT else "grey" if grey else "palette" if self.photometric == _PALETTE else "colour"  # fmt: skip
-        depths = {"float": (32,), "grey": (1, 2, 4, 8, 12, 16, 32), "palette": (1, 2, 4, 8)}.get(name, (8, 16))
-        if self.samples > 1 and name == "grey":
-            depths = (8,)
-        if self.photometric == _YCBCR:
-            depths = (8,)
+        name, depths = "colour", (8, 16) if self.photometric == _RGB else (8,)
+        if self.format == _FLOAT:
+            name, depths = "float", (32,)
+        elif grey:
+            name, depths = "grey", (1, 2, 4, 8, 12, 16, 32) if self.samples == 1 else (8,)
+        elif self.photometric == _PALETTE:
+            name, depths = "palette", (1, 2, 4, 8)
         if self.bits not in depths:
             raise ImageError(f"{self.bits}-bit {name} samples in a TIFF; expected {_listed(depths)} bits")
         if self.format == _FLOAT and (not grey or self.samples > 1):
             raise ImageError("float samples of a colour TIFF; expected grey ones")
         if self.samples > colours + len(self.extra) and not (self.photometric == _RGB and self.samples == 4):
-            raise ImageError(f"a TIFF of {self.samples} samples a pixel that does not say what all of them mean")
+            raise ImageError(
+                f"a TIFF of {self.samples} samples a pixel that does not say what all of them mean"
+            )
         reason = self._not_read(order, grey)
         if reason:
             raise ImageError(f"a TIFF of {self.bits}-bit {name} samples, {reason}: a kind that is not read")
@@ -183,7 +190,7 @@ class _Kind(NamedTuple):
         if self.fill_order != 1 and not (grey and self.bits == 1 and self.compression in (_NONE, *_FAX)):
             return "with the bits of each byte turned round"
         if self.predictor != 1 and self.compression not in (_LZW, _DEFLATE, _OLD_DEFLATE, _ZSTD):
-            return f"predicted (predictor {self.predictor}), which compression {self.compression} does not know"
+            return f"with predictor {self.predictor}, which compression {self.compression} does not know"
         if 1 in self.extra and self.bits == 16:
             return "multiplied by alpha"
         if order == ">" and self.bits in (12, 32) and (
@@ -256,7 +263,9 @@ def _cost(tags: dict[int, tuple], kind: _Kind, width: int, height: int, total: i
         offsets, sizes = tags[_TILES], tags.get(_TILE_BYTES, ())
         padded = -(-width // across) * across * -(-height // down) * down
         if padded > 4 * pixels + 2**22:
-            raise ImageError(f"TIFF tiles of {across} x {down} for {width} x {height} pixels; expected smaller")
+            raise ImageError(
+                f"TIFF tiles of {across} x {down} for {width} x {height} pixels; expected smaller ones"
+            )
     else:
         across, down = width, min(_one(tags, _ROWS, height) or height, height)
         offsets, sizes = tags.get(_STRIPS, ()), tags.get(_STRIP_BYTES, ())
@@ -267,9 +276,11 @@ def _cost(tags: dict[int, tuple], kind: _Kind, width: int, height: int, total: i
     memory = pixels * (1 if kind.samples == 1 and kind.bits <= 8 else 4)
     if kind.compression != _NONE:
         memory += _ZSTD_WINDOW if kind.compression == _ZSTD else 0
-        memory += decoded * (2 if kind.photometric == _YCBCR else 1) + min(sum(sizes), total)
+        memory += decoded * (2 if kind.photometric == _YCBCR else 1) + min(sum(sizes) or total, total)
         if sum(sizes) > 2 * pixels * kind.samples * kind.bits / 8 + 2**20:
-            raise ImageError(f"{sum(sizes)} bytes of compressed TIFF for {width} x {height} pixels; expected fewer")
+            raise ImageError(
+                f"{sum(sizes)} bytes of compressed TIFF for {width} x {height} pixels; expected fewer"
+            )
     return memory / pixels
 
 

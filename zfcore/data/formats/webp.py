@@ -9,7 +9,8 @@ from zfcore.errors import ImageError
 
 _MAX_CHUNKS = 2**16
 _MAX_EXIF = 2**24
-_COST = 18  # libwebp's animation decoder holds the canvas twice, then it is copied twice
+_COPIES = 3  # of the file, until libwebp has it
+_COST = 18  # bytes a pixel: libwebp's animation decoder holds the canvas twice, then it is copied twice
 
 
 def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
@@ -57,7 +58,8 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
             file, [b"RIFF" + struct.pack("<I", length) + b"WEBP" + extended, *stretches], "WEBP", deadline
         )
 
-    return Contents("WEBP", size, _COST, decode, orientation=orientation(exif), animated=frames > 1)
+    stored = sum(end - start for start, end in chunks) * _COPIES / max(size[0] * size[1], 1)
+    return Contents("WEBP", size, _COST + stored, decode, orientation=orientation(exif), animated=frames > 1)
 
 
 def _frame_size(kind: bytes, data: bytes) -> tuple[int, int]:
