@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import picture_files as files
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 
 from zfcore.data import read_image
+from zfcore.data.formats import libtiff
 from zfcore.errors import ImageError
 
 ATTACK = os.environ.get("ZFCORE_ATTACK") == "1"
@@ -413,6 +415,26 @@ def test_libtiff_is_quiet_about_damaged_files(tmp_path, capfd):
             refused += 1
     assert refused
     assert capfd.readouterr().err == ""
+
+
+def test_libtiff_gets_its_handlers_back(tmp_path):
+    setters = libtiff._setters()
+    if not setters:
+        pytest.skip("no libtiff to be found in this Pillow")
+
+    def handlers():
+        found = [setter(None) for setter in setters]
+        for setter, handler in zip(setters, found, strict=True):
+            setter(handler)
+        return found
+
+    before = handlers()
+    (tmp_path / "a.tif").write_bytes(files.tiff(np.ones((9, 9, 1), np.uint8), 8, compression=8))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_image, [tmp_path / "a.tif"] * 200))
+        with libtiff.quiet():
+            assert handlers() == [None, None]
+    assert handlers() == before
 
 
 ORIGINALS = {

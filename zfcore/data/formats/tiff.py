@@ -42,6 +42,7 @@ _SIZES |= {16: 8, 17: 8, 18: 8}
 _NUMBERS = {1: "B", 3: "H", 4: "I", 11: "f", 12: "d", 13: "I", 16: "Q", 18: "Q"}
 _BYTES = (1, 2, 6, 7)  # types that Pillow keeps as they are
 _MAX_ENTRIES = 2**12
+_MAX_SAMPLES = 6  # as Pillow's
 _MAX_PARTS = 2**17  # strips or tiles; Pillow sets a decoder up for each
 _MAX_NUMBERS = 2**22  # bytes of other values: Pillow makes a Python object of each number
 _MAX_SUB_DIRECTORY = 2**20
@@ -131,7 +132,12 @@ class _Kind(NamedTuple):
         bits, formats = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
         samples = _one(tags, _SAMPLES, 1)
         if len(set(bits)) > 1 or len(set(formats)) > 1:
-            raise ImageError(f"a TIFF of samples of {bits} bits and formats {formats}; expected all alike")
+            raise ImageError(
+                f"a TIFF of samples of {sorted(set(bits))[:9]} bits and formats {sorted(set(formats))[:9]}; "
+                "expected all alike"
+            )
+        if samples > _MAX_SAMPLES:
+            raise ImageError(f"a TIFF of {samples} samples a pixel; expected at most {_MAX_SAMPLES}")
         if len(bits) not in (1, samples):
             raise ImageError(f"damaged or truncated (a TIFF of {samples} samples and {len(bits)} depths)")
         reference = tags.get(_REFERENCE, (0, 255, 128, 255, 128, 255))
@@ -141,7 +147,7 @@ class _Kind(NamedTuple):
             bits[0],
             formats[0],
             samples,
-            tags.get(_EXTRA, ()),
+            tags.get(_EXTRA, ())[:_MAX_SAMPLES],
             _one(tags, _PLANAR, 1) == 2 and samples > 1,
             _one(tags, _FILL_ORDER, 1),
             _one(tags, _PREDICTOR, 1),
@@ -229,7 +235,7 @@ def _directory(file: BinaryIO, offset: int, order: str, big: bool) -> _Directory
             raise ImageError(CUT_OFF)
         if size > inside:
             stored += size
-            numbers += 0 if kind in _BYTES else size
+            numbers += 0 if kind in _BYTES and tag not in _READ else size
         if numbers > _MAX_NUMBERS:
             raise ImageError(f"over {_MAX_NUMBERS} bytes of numbers in a TIFF's directory; expected fewer")
         if tag not in _READ or kind not in _NUMBERS or tag in tags:
