@@ -451,6 +451,7 @@ ORIGINALS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about metadata
 @pytest.mark.parametrize("kind", ORIGINALS)
 def test_mutated_files_of_every_kind_never_crash(tmp_path, kind):
     """Flipped bytes, cut and doubled stretches: an ImageError or a picture, nothing else."""

@@ -529,3 +529,11 @@ def test_jpeg_colours_are_as_its_components_say(read):
     kept = _saved(Image.fromarray(flat), "JPEG", quality=100, subsampling=0, keep_rgb=True)
     for data in (plain, kept):
         assert np.abs(read(data) - flat / 255).max() <= 3 * LEVEL
+
+
+def test_jpeg_of_several_pictures(tmp_path):
+    flat = [Image.new("RGB", (16, 16), colour) for colour in ((200, 40, 90), (0, 0, 0))]
+    flat[0].save(tmp_path / "a.mpo", save_all=True, append_images=flat[1:])
+    picture = read_image(tmp_path / "a.mpo")
+    assert (picture.format, picture.notes) == ("JPEG", ("several frames: only the first was read",))
+    assert np.abs(picture.pixels[:, 3, 3].numpy() - np.array([200, 40, 90]) / 255).max() <= 3 * LEVEL

@@ -12,8 +12,8 @@ from zfcore.data.formats.contents import CUT_OFF, Contents, Deadline, opened, ta
 from zfcore.data.formats.exif import orientation
 from zfcore.errors import ImageError
 
-MAX_SCANS = 100  # libtiff's bound too; encoders write up to about 18
-_SCANNED_PIXELS = 24 * 2**26  # scans x pixels
+_MAX_SCANS = 100  # of a small picture; libtiff's bound too
+_LARGE_SCANS = 24  # of 2^26 pixels and more; encoders write up to 18
 _MAX_SEGMENTS = 2**12
 _MAX_HEADER = 2**25  # bytes before the first scan: profiles, thumbnails and depth maps take some megabytes
 _MAX_FILL = 2**16
@@ -155,15 +155,14 @@ def _pictures(index: bytes) -> int:
 
 def _checked_scans(file: BinaryIO, start: int, pixels: int) -> int:
     """Where the scans end; refused where there are too many of them for a picture of so many pixels."""
-    allowed = min(MAX_SCANS, max(_SCANNED_PIXELS // max(pixels, 1), 1))
+    allowed = min(_MAX_SCANS, max(_LARGE_SCANS * 2**26 // max(pixels, 1), _LARGE_SCANS))
     scans = segments = 0
     position, at, data = start, 0, b""
     file.seek(start)
     while True:
         found = _MARKER.search(data, at)
         if found is None:
-            rest = len(data) - len(data.rstrip(b"\xff"))  # a marker may go on in the next block
-            rest = min(rest, 1)
+            rest = int(data.endswith(b"\xff"))  # a marker may go on in the next block
             position += len(data) - rest
             block = file.read(_BLOCK)
             if not block:

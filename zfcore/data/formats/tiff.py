@@ -47,7 +47,7 @@ _MAX_PARTS = 2**17  # strips or tiles; Pillow sets a decoder up for each
 _MAX_NUMBERS = 2**22  # bytes of other values: Pillow makes a Python object of each number
 _MAX_SUB_DIRECTORY = 2**20
 _TRUSTED_DEFLATE = 2**25  # bytes that take at most 2 s, whatever they are
-_INFLATE_SECONDS = 3
+_INFLATE_SHARE = 0.4  # of the time there is
 _ZSTD_WINDOW = 2**27
 
 
@@ -79,12 +79,12 @@ def inspect(file: BinaryIO, deadline: Deadline) -> Contents:
     kind.check(order)
     total = file.seek(0, 2)
     cost = _cost(tags, kind, width, height, total)
-    if kind.compression in (_DEFLATE, _OLD_DEFLATE):
-        _check_deflate(file, tags)
-    if kind.compression == _JPEG:
-        _check_jpegs(file, tags, deadline)
 
     def decode() -> Image.Image:
+        if kind.compression in (_DEFLATE, _OLD_DEFLATE):
+            _check_deflate(file, tags, deadline.seconds * _INFLATE_SHARE)
+        if kind.compression == _JPEG:
+            _check_jpegs(file, tags, deadline)
         # libtiff opens the file's descriptor itself; only what is not compressed is read through the clock.
         with libtiff.quiet():
             try:
@@ -298,13 +298,13 @@ def _check_jpegs(file: BinaryIO, tags: dict[int, tuple], deadline: Deadline) -> 
             raise ImageError("a TIFF of progressive JPEG; expected a single scan in each strip")
 
 
-def _check_deflate(file: BinaryIO, tags: dict[int, tuple]) -> None:
+def _check_deflate(file: BinaryIO, tags: dict[int, tuple], seconds: float) -> None:
     """Inflates a large file's strips once before libtiff does, which cannot be stopped: a deflate stream can
     hold the decoder at 60 ms for each MB that gives no byte."""
     sizes = tags.get(_STRIP_BYTES) or tags.get(_TILE_BYTES, ())
     if sum(sizes) < _TRUSTED_DEFLATE:
         return
-    deadline = Deadline(_INFLATE_SECONDS)
+    deadline = Deadline(seconds)
     for offset, size in zip(tags.get(_STRIPS) or tags.get(_TILES, ()), sizes, strict=False):
         file.seek(offset)
         stream = zlib.decompressobj()
