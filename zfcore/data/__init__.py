@@ -9,7 +9,8 @@ from zfcore.data.fashion_mnist import (
     read_idx,
     sample_images,
 )
-from zfcore.data.images import FoundImages, Picture, find_images, load_image, read_image
+from zfcore.data.folders import FoundImages, find_images
+from zfcore.data.images import Picture, load_image, read_image
 
 __all__ = [
     "FASHION_MNIST_CLASSES",
