@@ -1,7 +1,5 @@
 // Checking and reading switches on the CPU: shared by unpooling, its transpose and the fused deconvnet step.
 #pragma once
-#include <type_traits>
-
 #include "parallel.h"
 #include "simd.h"
 #include "window.h"
@@ -22,41 +20,33 @@ inline bool switch_place(const Window& pool, int64_t oy, int64_t ox, int s, int6
 // Where each tap of a window lies, from the window's corner, in a map with the given row and column strides. A byte that
 // is no tap is taken for the first one.
 //
-// Switches are checked before they are used, but whoever holds their memory can change it in between. So a window that
-// lies inside the map takes whatever byte it reads, and one at a border looks once more: the worst that another thread
-// can do is a wrong value.
+// Switches are checked before they are used, but whoever holds their memory can change it in between. So rows of windows
+// whose every byte leads to a place between the map's first and last, right or wrong, are taken as they are, and in the
+// others, at most the first few and the last, a place beyond them is exchanged for the first one: the worst that another
+// thread can do is a wrong value.
 struct TapOffsets {
   int64_t tap[256] = {};
-  int64_t row, column, taps;
-  int64_t pixel_row[256], pixel_column[256];  // of the taps, from the corner
+  int64_t row, column;
+  int64_t last, furthest;  // the map's last place, and the furthest tap
 
-  TapOffsets(const Window& pool, int64_t row_stride, int64_t column_stride)
-      : row(row_stride), column(column_stride), taps(pool.taps()) {
-    for (int64_t i = 0, t = 0; i < pool.kernel[0]; ++i)
-      for (int64_t j = 0; j < pool.kernel[1]; ++j, ++t) {
-        pixel_row[t] = i * pool.dilation[0];
-        pixel_column[t] = j * pool.dilation[1];
-        tap[t] = pixel_row[t] * row + pixel_column[t] * column;
-      }
-  }
-  // Whether the byte `s` names a place inside the map, for a window whose corner lies at (y, x).
-  bool inside(uint8_t s, int64_t y, int64_t x, int64_t height, int64_t width) const {
-    return s < taps && uint64_t(y + pixel_row[s]) < uint64_t(height) && uint64_t(x + pixel_column[s]) < uint64_t(width);
+  TapOffsets(const Window& pool, int64_t height, int64_t width, int64_t row_stride, int64_t column_stride)
+      : row(row_stride), column(column_stride), last((height - 1) * row + (width - 1) * column) {
+    for (int64_t t = 0; t < pool.taps(); ++t)
+      tap[t] = (t / pool.kernel[1]) * pool.dilation[0] * row + (t % pool.kernel[1]) * pool.dilation[1] * column;
+    furthest = tap[pool.taps() - 1];
   }
   int64_t corner(const Window& pool, int64_t oy, int64_t ox) const {
     return (oy * pool.stride[0] - pool.padding[0]) * row + (ox * pool.stride[1] - pool.padding[1]) * column;
   }
+  // The rows of windows of which no byte leads beyond the map's first and last place.
+  Range rows_within(const Window& pool, const View& windows) const {
+    Range rows{0, windows.h()};
+    while (rows.begin < rows.end && corner(pool, rows.begin, 0) < 0) ++rows.begin;
+    while (rows.begin < rows.end && corner(pool, rows.end - 1, windows.w() - 1) + furthest > last) --rows.end;
+    return rows;
+  }
+  int64_t within(int64_t place) const { return uint64_t(place) <= uint64_t(last) ? place : 0; }
 };
-
-// Calls f(o, checked) for the `count` windows of a row: checked where the window may reach past the map, whose windows
-// inside are those of `inside`, or none where the row itself does (`row_inside` false).
-template <class F>
-inline void windows_of_row(const Range& inside, bool row_inside, int64_t count, const F& f) {
-  const int64_t begin = row_inside ? inside.begin : count, end = row_inside ? inside.end : count;
-  for (int64_t o = 0; o < begin; ++o) f(o, std::true_type{});
-  for (int64_t o = begin; o < end; ++o) f(o, std::false_type{});
-  for (int64_t o = end; o < count; ++o) f(o, std::true_type{});
-}
 
 // Whether the elements fill one stretch of memory, in whatever order.
 inline bool dense(const View& v) {

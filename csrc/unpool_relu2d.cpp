@@ -66,26 +66,25 @@ inline T added(T place, T v) {
   return result;
 }
 
-template <class S, class T>
-void scatter_plane(const View& y, const View& switches, const Window& pool, const TapOffsets& offsets, int64_t n,
-                   int64_t c, int64_t map_h, int64_t map_w, bool last, T* plane) {
-  const int64_t column = y.stride[3], switch_column = switches.stride[3], step = pool.stride[1];
-  const Range inside_y = windows_inside(pool, 0, y.h(), map_h), inside_x = windows_inside(pool, 1, y.w(), map_w);
-  for (int64_t oy = 0; oy < y.h(); ++oy) {
+// Rows of windows; Edge: some of their bytes may lead out of the plane's memory.
+template <bool Edge, class S, class T>
+inline __attribute__((always_inline)) void scatter_rows(const View& y, const View& switches, const Window& pool,
+                                                        const TapOffsets& offsets, const Range& rows, int64_t n, int64_t c,
+                                                        bool last, T* plane) {
+  const int64_t width = y.w(), column = y.stride[3], switch_column = switches.stride[3], step = pool.stride[1];
+  const auto where = [&](int64_t place) { return Edge ? offsets.within(place) : place; };
+  for (int64_t oy = rows.begin; oy < rows.end; ++oy) {
     const S* values = at<S>(y, n, c, oy, 0);
     const uint8_t* taps = at<uint8_t>(switches, n, c, oy, 0);
-    const int64_t corner = offsets.corner(pool, oy, 0), top = oy * pool.stride[0] - pool.padding[0];
-    const auto scatter = [&](const auto& put) {
-      windows_of_row(inside_x, oy >= inside_y.begin && oy < inside_y.end, y.w(), [&](int64_t ox, auto checked) {
-        const uint8_t tap = taps[ox * switch_column];
-        if (checked && !offsets.inside(tap, top, ox * step - pool.padding[1], map_h, map_w)) return;
-        put(plane[corner + ox * step + offsets.tap[tap]], T(to_compute(values[ox * column])));
-      });
-    };
+    int64_t corner = offsets.corner(pool, oy, 0);
     if (last)
-      scatter([](T& place, T v) { place = v; });
+      for (int64_t ox = 0; ox < width; ++ox, corner += step)
+        plane[where(corner + offsets.tap[taps[ox * switch_column]])] = to_compute(values[ox * column]);
     else
-      scatter([](T& place, T v) { place = added(place, v); });
+      for (int64_t ox = 0; ox < width; ++ox, corner += step) {
+        T& place = plane[where(corner + offsets.tap[taps[ox * switch_column]])];
+        place = added(place, T(to_compute(values[ox * column])));
+      }
   }
 }
 
@@ -95,13 +94,16 @@ void unpool_planes(const View& y, const View& switches, const View& out, const W
   typedef typename Compute<S>::type T;
   const bool direct = sizeof(S) == sizeof(T) && out.stride[3] == 1 && out.stride[2] == out.w();
   const int64_t places = out.h() * out.w();
-  const TapOffsets offsets(pool, out.w(), 1);
+  const TapOffsets offsets(pool, out.h(), out.w(), out.w(), 1);
+  const Range within = offsets.rows_within(pool, y);
   T* scratch = direct ? nullptr : static_cast<T*>(thread_scratch(0, places * int64_t(sizeof(T))));
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / out.c(), c = index % out.c();
     T* plane = direct ? reinterpret_cast<T*>(at_mut<S>(out, n, c, 0, 0)) : scratch;
     std::memset(plane, 0, size_t(places) * sizeof(T));
-    scatter_plane<S>(y, switches, pool, offsets, n, c, out.h(), out.w(), last, plane);
+    scatter_rows<true, S>(y, switches, pool, offsets, {0, within.begin}, n, c, last, plane);
+    scatter_rows<false, S>(y, switches, pool, offsets, within, n, c, last, plane);
+    scatter_rows<true, S>(y, switches, pool, offsets, {within.end, y.h()}, n, c, last, plane);
     if (relu)  // after the sum: what overlapping windows add up to is rectified, not each of them
       for (int64_t i = 0; i < places; ++i) plane[i] = relu_one(plane[i]);
     if (!direct)
@@ -134,37 +136,35 @@ template <class S>
 void gather_rows(const View& x, const View& switches, const View& out, const Window& pool, bool last, bool by_channel,
                  int64_t begin, int64_t end) {
   const int64_t outer = by_channel ? out.h() : out.c();
-  const TapOffsets offsets(pool, x.stride[2], x.stride[3]);
-  const Range inside_y = windows_inside(pool, 0, out.h(), x.h()), inside_x = windows_inside(pool, 1, out.w(), x.w());
-  const auto row_inside = [&](int64_t oy) { return oy >= inside_y.begin && oy < inside_y.end; };
-  const auto outside = [&](int64_t oy, int64_t ox, uint8_t tap) {
-    const int64_t top = oy * pool.stride[0] - pool.padding[0], left = ox * pool.stride[1] - pool.padding[1];
-    return !offsets.inside(tap, top, left, x.h(), x.w());
-  };
+  const TapOffsets offsets(pool, x.h(), x.w(), x.stride[2], x.stride[3]);
+  const Range within = offsets.rows_within(pool, out);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / outer, first = index % outer;
     if (by_channel) {
-      const S* map = at<S>(x, n, 0, 0, 0);
-      windows_of_row(inside_x, row_inside(first), out.w(), [&](int64_t ox, auto checked) {
+      const bool free = first >= within.begin && first < within.end;
+      for (int64_t ox = 0; ox < out.w(); ++ox) {
         const uint8_t* taps = at<uint8_t>(switches, n, 0, first, ox);
+        const S* map = at<S>(x, n, 0, 0, 0);
         const int64_t corner = offsets.corner(pool, first, ox);
         S* p = at_mut<S>(out, n, 0, first, ox);
-        for (int64_t c = 0; c < out.c(); ++c) {
-          const uint8_t tap = taps[c];
-          p[c] = checked && outside(first, ox, tap) ? S{} : map[corner + offsets.tap[tap] + c];
-        }
-      });
+        if (free)
+          for (int64_t c = 0; c < out.c(); ++c) p[c] = map[corner + offsets.tap[taps[c]] + c];
+        else
+          for (int64_t c = 0; c < out.c(); ++c) p[c] = map[offsets.within(corner + offsets.tap[taps[c]]) + c];
+      }
     } else {
       const int64_t column = out.stride[3], switch_column = switches.stride[3], step = pool.stride[1] * x.stride[3];
-      const S* map = at<S>(x, n, first, 0, 0);
       for (int64_t oy = 0; oy < out.h(); ++oy) {
         const uint8_t* taps = at<uint8_t>(switches, n, first, oy, 0);
-        const int64_t corner = offsets.corner(pool, oy, 0);
+        const S* map = at<S>(x, n, first, 0, 0);
+        int64_t corner = offsets.corner(pool, oy, 0);
         S* p = at_mut<S>(out, n, first, oy, 0);
-        windows_of_row(inside_x, row_inside(oy), out.w(), [&](int64_t ox, auto checked) {
-          const uint8_t tap = taps[ox * switch_column];
-          p[ox * column] = checked && outside(oy, ox, tap) ? S{} : map[corner + ox * step + offsets.tap[tap]];
-        });
+        if (oy >= within.begin && oy < within.end)
+          for (int64_t ox = 0; ox < out.w(); ++ox, corner += step)
+            p[ox * column] = map[corner + offsets.tap[taps[ox * switch_column]]];
+        else
+          for (int64_t ox = 0; ox < out.w(); ++ox, corner += step)
+            p[ox * column] = map[offsets.within(corner + offsets.tap[taps[ox * switch_column]])];
       }
     }
     if (last) {
