@@ -192,14 +192,17 @@ def _as_schema(kind: str, value: object) -> object:
 def draw_out(choose: random.Random, args: dict, shape: tuple[int, ...], dtype: torch.dtype) -> dict:
     """The arguments with memory for the result, in some calls."""
     if choose.random() < 0.3:
-        args["out"] = torch.full(shape, 7.0).to(dtype).contiguous(memory_format=torch.channels_last)
+        args["out"] = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).fill_(7)
     else:
         args["out"] = None
     return args
 
 
 def into(result: torch.Tensor, out: object) -> torch.Tensor:
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    with torch.inference_mode(isinstance(out, torch.Tensor) and out.is_inference()):
+        return out.copy_(result)
 
 
 def draw_places(choose, images, batch, size, patch, window=None, above=None) -> Places:
@@ -295,17 +298,15 @@ def make_delta_filters(choose):
     shape = choose.choice([None, tuple(weight.shape)])
     return dict(
         weight=weight.flatten(1) if shape and choose.random() < 0.5 else weight, scale=scale, shape=shape,
-        groups=step.groups, precision=draw_precision(choose, weight), then=(delta, step, places, clean),
+        groups=step.groups, precision=draw_precision(choose, weight), delta=delta, step=step, places=places, clean=clean,
     )  # fmt: skip
 
 
-def run_delta_filters(weight, scale, shape, groups, precision, then):
-    delta, step, places, clean = then
+def run_delta_filters(weight, scale, shape, groups, precision, delta, step, places, clean):
     return conv_delta(delta, delta_filters(weight, scale, shape, groups, precision), step, places, clean)
 
 
-def define_delta_filters(weight, scale, shape, groups, precision, then):
-    delta, step, places, clean = then
+def define_delta_filters(weight, scale, shape, groups, precision, delta, step, places, clean):
     weight = weight if shape is None else weight.reshape(shape)
     if weight.size(1) == 1 and groups == len(weight) > 1:
         precision = "exact"  # as where each channel has a filter of its own
@@ -444,8 +445,8 @@ OPS: dict[str, Op] = {
     "zfcore::pool_gather2d": overload("pool_gather2d", make_gather, reference.pool_gather2d),
     "zfcore::unpool_relu_conv_transpose2d": overload("unpool_relu_conv_transpose2d", make_fused, define_fused),
     "paste_boxes": writing(paste_boxes, reference.paste_boxes, make_paste),
-    "conv_boxes": Op(make_conv_boxes, conv_boxes, define_conv_boxes, ("packed", "finite", "reader")),
-    "conv_delta": Op(make_conv_delta, conv_delta, define_conv_delta, ("packed", "finite", "reader")),
+    "conv_boxes": Op(make_conv_boxes, conv_boxes, define_conv_boxes, ("filters",)),
+    "conv_delta": Op(make_conv_delta, conv_delta, define_conv_delta, ("filters",)),
     "delta_filters": Op(make_delta_filters, run_delta_filters, define_delta_filters),
     "pool_delta": writing(pool_delta, reference.pool_delta, make_pool_delta),
     "lrn_delta": writing(lrn_delta, reference.lrn_delta, make_lrn_delta),

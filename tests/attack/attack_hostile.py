@@ -209,6 +209,8 @@ def odd_tensor(choose: random.Random, x: torch.Tensor, others: list[torch.Tensor
         return choose.choice(NO_TENSORS)
     if kind < 0.16 and others:
         return choose.choice(others)
+    if type(x) is not torch.Tensor or x.layout != torch.strided or (x.numel() and not x.untyped_storage().nbytes()):
+        return x  # odd already, and no tensor that can be made into another
     kind = choose.choice(KINDS)
     try:
         return kind(x, choose)

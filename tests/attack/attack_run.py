@@ -14,6 +14,7 @@ import collections
 import json
 import os
 import queue
+import re
 import resource
 import select
 import signal
@@ -274,13 +275,32 @@ def table(tallies: dict[str, Tally]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def report(tallies: dict[str, Tally]) -> str:
-    """Every failure that was kept, and how to run it again."""
-    lines = []
+def causes(tallies: dict[str, Tally]) -> dict[tuple[str, str, str], list[dict]]:
+    """The failures that were kept, by op, outcome, and what was said of them, numbers left out."""
+    found: dict[tuple[str, str, str], list[dict]] = collections.defaultdict(list)
     for name, tally in tallies.items():
         for event in tally.failures:
-            lines.append(f"{name} --seed {event['seed']}: {event['outcome']}: {event['why']}\n    {event['shown'][:1500]}")
-    return "\n".join(lines)
+            why = event["why"] if event["outcome"] not in (SIGNAL, HANG) else event["why"].split("(")[0]
+            said = re.sub(r"[(\[][-0-9, ]*[)\]]|-?\d[\d.e+-]*", "N", why)[:120]
+            if event["outcome"] not in ("bare", "refused"):
+                said += f" <- {_hostile(event)}"
+            found[name, event["outcome"], said].append(event)
+    return found
+
+
+def _hostile(event: dict) -> str:
+    """Which arguments were hostile, by name."""
+    told = event["shown"].removeprefix("hostile: ").split(";")[0]
+    return ", ".join(sorted({re.sub(r"\.\d+", "", path) for path in told.split(", ")}))
+
+
+def report(tallies: dict[str, Tally]) -> str:
+    """Every cause with how often it was kept, and its first case, to be run again."""
+    return "\n".join(
+        f"{name} {outcome} x{len(events)}: {said}\n    --op {name} --seed {events[0]['seed']}: {events[0]['why'][:600]}\n"
+        f"    {events[0]['shown'][:1200]}"
+        for (name, outcome, said), events in sorted(causes(tallies).items())
+    )
 
 
 def main() -> int:
