@@ -209,7 +209,7 @@ def odd_tensor(choose: random.Random, x: torch.Tensor, others: list[torch.Tensor
         return choose.choice(NO_TENSORS)
     if kind < 0.16 and others:
         return choose.choice(others)
-    if type(x) is not torch.Tensor or x.layout != torch.strided or (x.numel() and not x.untyped_storage().nbytes()):
+    if type(x) is not torch.Tensor or x.layout != torch.strided or is_freed(x):
         return x  # odd already, and no tensor that can be made into another
     kind = choose.choice(KINDS)
     try:
@@ -277,12 +277,28 @@ def odd(choose: random.Random, value: object, tensors: list[torch.Tensor]) -> ob
     return None
 
 
+def is_freed(x: torch.Tensor) -> bool:
+    return x.numel() > 0 and not x._is_zerotensor() and x.device.type == "cpu" and not x.untyped_storage().nbytes()
+
+
+_MARKS = {
+    "freed": is_freed,
+    "negative": torch.Tensor.is_neg,
+    "conjugate": torch.Tensor.is_conj,
+    "zero": torch.Tensor._is_zerotensor,
+    "of inference": torch.Tensor.is_inference,
+    "requires grad": lambda x: x.requires_grad,
+    "extreme": lambda x: x.dtype == torch.int64 and x.numel() > 0 and not is_freed(x) and bool(x.abs().max() > 2**20),
+}
+
+
 def show(value: object) -> str:
     """The value in a few words, whatever it is; tensors by kind, shape and strides."""
     try:
         if isinstance(value, torch.Tensor):
             strides = tuple(value.stride()) if value.layout == torch.strided else value.layout
-            return f"{type(value).__name__}<{str(value.dtype)[6:]} {list(value.shape)} strides {strides} {value.device}>"
+            kind = " ".join(word for word, has in _MARKS.items() if has(value))
+            return f"{type(value).__name__}<{str(value.dtype)[6:]} {list(value.shape)} strides {strides} {value.device} {kind}>"
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key}={show(part)}" for key, part in value.items()) + "}"
         if is_named(value):

@@ -47,7 +47,8 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         again, _ = attack_calls.case(name, seed)
         touched = {str(key) for path in changed for key in path}
         out = again.get("out")
-        if "out" not in touched and (written := _written(args, again)):
+        shared = _shares(args.get("out"), args)
+        if not shared and (written := _written(args, again)):
             return WRONG, f"the op wrote to its argument {written}"
         try:
             wanted = op.define(**again)
@@ -57,7 +58,7 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
             if isinstance(error, SwitchError) and "switches" in op.trusted:
                 return ANSWER, ""
             return UNHELD, f"answered, where the definition raises {type(error).__name__}: {_short(error)}"
-        if touched & set(op.trusted) or ("out" in touched and _shares(args.get("out"), args)):
+        if touched & set(op.trusted) or shared:
             return ANSWER, ""
         if out is not None and "out" in again and isinstance(out, torch.Tensor) and ours is not args["out"]:
             return WRONG, "the result is not the memory that was given"
