@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import attack_binding
 import attack_hostile
 import torch
 
@@ -52,13 +53,13 @@ class Op:
 
     make:    good arguments by name, drawn from a random.Random and torch's seed.
     run:     calls the op with them.
-    define:  what its definition gives for them, or raises.
+    define:  what its definition gives for them, or raises; None where there is none, and any exception is right.
     trusted: names of arguments that the op documents it does not check: with another in its place no value is judged.
     """
 
     make: Callable[[random.Random], dict]
     run: Callable[..., object]
-    define: Callable[..., object]
+    define: Callable[..., object] | None
     trusted: tuple[str, ...] = ()
 
 
@@ -458,11 +459,40 @@ OPS: dict[str, Op] = {
 }
 
 
+# By the native function: the op that calls it, and how its arguments are drawn.
+_BINDING = {
+    "max_pool2d_with_switches_cpu": (torch.ops.zfcore.max_pool2d_with_switches, make_max_pool),
+    "unpool_relu2d_cpu": (torch.ops.zfcore.unpool2d, make_unpool),
+    "pool_gather2d_cpu": (torch.ops.zfcore.pool_gather2d, make_gather),
+    "unpool_relu_conv_transpose2d_cpu": (torch.ops.zfcore.unpool_relu_conv_transpose2d, make_fused),
+    "paste_boxes_cpu": (paste_boxes, make_paste),
+    "conv_delta_cpu": (conv_delta, make_conv_delta),
+    "delta_filters_bytes_cpu": (run_delta_filters, make_delta_filters),
+    "pack_delta_filters_cpu": (run_delta_filters, make_delta_filters),
+    "pool_delta_cpu": (pool_delta, make_pool_delta),
+    "lrn_delta_cpu": (lrn_delta, make_lrn_delta),
+    "relu_delta_cpu": (relu_delta, make_relu_delta),
+    "pointwise_delta_cpu": (pointwise_delta, make_pointwise_delta),
+    "packed_filters_bytes_cpu": (deconv_step, make_deconv_step),
+    "pack_filters_cpu": (deconv_step, make_deconv_step),
+    "deconv_step_cpu": (deconv_step, make_deconv_step),
+    "strongest_cpu": (strongest, make_strongest),
+    "conv_strongest_cpu": (conv_strongest, make_conv_strongest),
+}
+
+
+def _binding(name: str, op: Callable, make: Callable) -> Op:
+    return Op(lambda choose: {**make(choose), "spoiling": choose.getrandbits(60)}, attack_binding.run(op, name), None)
+
+
+OPS |= {f"_C.{name}": _binding(name, op, make) for name, (op, make) in _BINDING.items()}
+
+
 def case(name: str, seed: int) -> tuple[dict, list[tuple]]:
     """The arguments of one call, and which of them are hostile: the same for the same seed."""
     choose = random.Random(f"{name} {seed}")
     torch.manual_seed(choose.getrandbits(60))
     args = OPS[name].make(choose)
-    if seed % 16 == 0:
+    if seed % 16 == 0 or OPS[name].define is None:
         return args, []  # good ones: a suite that refuses everything proves nothing
     return attack_hostile.spoil(choose, args)

@@ -39,10 +39,14 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         try:
             ours = op.run(**args)
         except Exception as error:
+            if op.define is None:
+                return TYPED, ""
             outcome, said = _error(error)
             if not changed and outcome == TYPED:
                 return _refused(op, name, seed, said, defining)
             return outcome, said
+        if op.define is None:
+            return ANSWER, ""
         defining()
         again, _ = attack_calls.case(name, seed)
         touched = {str(key) for path in changed for key in path}

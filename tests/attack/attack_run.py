@@ -187,7 +187,7 @@ def _tail(said) -> str:
     said.seek(0)
     lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if "ERROR:" in line or "runtime error" in line or line.strip().startswith("#")]
-    return " | ".join(line.strip()[:160] for line in (told[:8] or lines[-3:]))
+    return " | ".join([line.strip()[:160] for line in told[:8]] + [line[:800] for line in lines[-2:] if line not in told])
 
 
 def _tell(name: str, seed: int, outcome: str, why: str = "", shown: str = "") -> None:
