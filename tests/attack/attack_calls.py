@@ -55,12 +55,14 @@ class Op:
     run:     calls the op with them.
     define:  what its definition gives for them, or raises; None where there is none, and any exception is right.
     trusted: names of arguments that the op documents it does not check: with another in its place no value is judged.
+    swap:    puts another argument in place of one, such as only this op has.
     """
 
     make: Callable[[random.Random], dict]
     run: Callable[..., object]
     define: Callable[..., object] | None
     trusted: tuple[str, ...] = ()
+    swap: Callable[[random.Random, dict], tuple[dict, list[tuple]]] | None = None
 
 
 def maps(choose: random.Random, shape: tuple[int, ...], dtypes=DTYPES) -> torch.Tensor:
@@ -288,6 +290,22 @@ def rounded(delta, weight, scale, precision):
     return delta.bfloat16().to(delta.dtype), weight.bfloat16().to(weight.dtype), None
 
 
+def swap_filters(choose, args):
+    """Filters that were made for another weight, or of which a field is another's."""
+    weight, groups = args["filters"].weight, args["filters"].groups
+    k, c, *kernel = weight.shape
+    other = choose.choice([(k + 1, c, *kernel), (k, c + 1, *kernel), (2 * k, c, *kernel), (k, c, 1, 1), (1, 1, 1, 1)])
+    dtype = choose.choice([weight.dtype, torch.float64])
+    made = delta_filters(
+        torch.randn(other).to(dtype), groups=choose.choice([groups, 1]), precision=choose.choice(["exact", "bf16"])
+        if dtype == torch.float32 else "exact",
+    )  # fmt: skip
+    if choose.random() < 0.6:
+        field = choose.choice(["packed", "packed", "weight", "groups", "precision", "reader"])
+        made = args["filters"]._replace(**{field: getattr(made, field)})
+    return {**args, "filters": made}, [("filters",)]
+
+
 def define_conv_delta(delta, filters, step, places, clean, out):
     delta, weight, scale = rounded(delta, filters.weight, filters.scale, filters.precision)
     return into(reference.conv_delta(delta, weight, step, places, clean, scale), out)
@@ -446,8 +464,8 @@ OPS: dict[str, Op] = {
     "zfcore::pool_gather2d": overload("pool_gather2d", make_gather, reference.pool_gather2d),
     "zfcore::unpool_relu_conv_transpose2d": overload("unpool_relu_conv_transpose2d", make_fused, define_fused),
     "paste_boxes": writing(paste_boxes, reference.paste_boxes, make_paste),
-    "conv_boxes": Op(make_conv_boxes, conv_boxes, define_conv_boxes, ("filters",)),
-    "conv_delta": Op(make_conv_delta, conv_delta, define_conv_delta, ("filters",)),
+    "conv_boxes": Op(make_conv_boxes, conv_boxes, define_conv_boxes, ("filters",), swap_filters),
+    "conv_delta": Op(make_conv_delta, conv_delta, define_conv_delta, ("filters",), swap_filters),
     "delta_filters": Op(make_delta_filters, run_delta_filters, define_delta_filters),
     "pool_delta": writing(pool_delta, reference.pool_delta, make_pool_delta),
     "lrn_delta": writing(lrn_delta, reference.lrn_delta, make_lrn_delta),
@@ -495,4 +513,6 @@ def case(name: str, seed: int) -> tuple[dict, list[tuple]]:
     args = OPS[name].make(choose)
     if seed % 16 == 0 or OPS[name].define is None:
         return args, []  # good ones: a suite that refuses everything proves nothing
+    if OPS[name].swap and choose.random() < 0.1:
+        return OPS[name].swap(choose, args)
     return attack_hostile.spoil(choose, args)

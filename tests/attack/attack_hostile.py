@@ -129,7 +129,7 @@ def _empty_axis(x, choose):
 def _other_length(x, choose):
     axis = choose.randrange(x.dim())
     if choose.random() < 0.5:
-        return x.narrow(axis, 0, max(x.size(axis) - 1, 0))
+        return x.narrow(axis, 0, choose.choice([max(x.size(axis) - 1, 0), x.size(axis) // 2]))
     return torch.cat([x, x.narrow(axis, 0, 1)], axis)
 
 
@@ -311,21 +311,47 @@ def show(value: object) -> str:
         return f"<{type(value).__name__}, which raises {type(error).__name__}>"
 
 
+def as_numbers(value: object, inside: bool = False) -> object:
+    """The tree with what counts as an int as one, and ranges as tuples: the definitions know no other."""
+    if isinstance(value, numpy.integer):
+        return int(value)
+    if isinstance(value, range):
+        return tuple(value)
+    if inside and isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype == torch.int64:
+        return int(value)
+    if isinstance(value, dict):
+        return {key: as_numbers(part) for key, part in value.items()}
+    if is_named(value):
+        return type(value)(*map(as_numbers, value))
+    if type(value) in (tuple, list):
+        return type(value)(as_numbers(part, inside=True) for part in value)
+    return value
+
+
+def _beside(paths: list[tuple], path: tuple) -> list[tuple]:
+    """Those of the same axis of the same window."""
+    return [other for other in paths if other[-1] == path[-1] and other[:-2] == path[:-2]]
+
+
 def spoil(choose: random.Random, tree: dict) -> tuple[dict, list[tuple]]:
     """The tree with hostile values in it, mostly in one place or two, and where."""
     tensors = [part for _, part in nodes(tree) if type(part) is torch.Tensor]
     changed: list[tuple] = []
-    count = choose.choice([1, 1, 1, 1, 2, 2, 3, 9])
-    if choose.random() < 0.15:  # the same number in several places, whose products overflow
+    count = choose.choice([1, 1, 1, 1, 1, 2, 2, 3, 9])
+    paths = [path for path, part in nodes(tree) if type(part) is int]
+    if paths and choose.random() < 0.2:  # in several places, so that products overflow: often one number
         value = number(choose)
-        paths = [path for path, part in nodes(tree) if type(part) is int]
-        for path in choose.sample(paths, min(len(paths), choose.choice([2, 2, 4]))):
-            tree = replaced(tree, path, value)
+        if choose.random() < 0.6:
+            paths = _beside(paths, choose.choice(paths))
+        for path in choose.sample(paths, min(len(paths), choose.choice([2, 2, 3, 4]))):
+            tree = replaced(tree, path, value if choose.random() < 0.8 else number(choose))
             changed.append(path)
         count = choose.choice([0, 0, 1])
     for _ in range(count):
-        paths = list(nodes(tree))
-        path, value = choose.choice(paths)
+        places = list(nodes(tree))
+        if choose.random() < 0.5:
+            places = [(path, part) for path, part in places if isinstance(part, torch.Tensor)] or places
+        path, value = choose.choice(places)
         tree = replaced(tree, path, odd(choose, value, tensors))
         changed.append(path)
     return tree, changed

@@ -55,7 +55,7 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         if not shared and (written := _written(args, again)):
             return WRONG, f"the op wrote to its argument {written}"
         try:
-            wanted = op.define(**again)
+            wanted = op.define(**attack_hostile.as_numbers(again))
         except Exception as error:
             if _out_of_memory(error):
                 return ANSWER, ""
