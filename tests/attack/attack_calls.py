@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attack_binding
 import attack_hostile
+import numpy
 import torch
 
 import zfcore.ops  # noqa: F401  registers the overloads
@@ -179,14 +180,16 @@ def overload(name: str, make: Callable, define: Callable) -> Op:
 
 
 def _as_schema(kind: str, value: object) -> object:
-    """The value as the dispatcher hands it on: it takes any number for a bool, and a tensor of one for an int."""
+    """The value as the dispatcher hands it on: it takes any number for a bool, a tensor of one for an int, bytes for text."""
     if kind == "bool":
         return bool(value)
+    if kind == "str" and isinstance(value, bytes):
+        return value.decode()
+    if kind != "Tensor" and isinstance(value, (numpy.ndarray, torch.Tensor)):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_as_schema("int", x) for x in value]
-    if isinstance(value, (bool, torch.Tensor)) and kind != "Tensor":
-        return int(value)
-    return value
+    return int(value) if isinstance(value, bool) else value
 
 
 # The engine's own ops -------------------------------------------------------------------------------------------------

@@ -291,6 +291,9 @@ def causes(tallies: dict[str, Tally]) -> dict[tuple[str, str, str], list[dict]]:
     for name, tally in tallies.items():
         for event in tally.failures:
             why = event["why"] if event["outcome"] not in (SIGNAL, HANG) else event["why"].split("(")[0]
+            if place := re.search(r"csrc/\w+\.\w+:\d+", event["why"]):  # which a sanitizer names
+                found[name, event["outcome"], place[0]].append(event)
+                continue
             said = re.sub(r"[(\[][-0-9, ]*[)\]]|-?\d[\d.e+-]*", "N", why)[:120]
             if event["outcome"] not in ("bare", "refused"):
                 said += f" <- {_hostile(event)}"
