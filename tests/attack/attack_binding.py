@@ -51,26 +51,29 @@ def _places(name: str, value: object, path: tuple = ()):
     """The paths of what can be spoiled: views, and numbers that are no addresses."""
     if is_view(value):
         yield path
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, tuple):
         for i, part in enumerate(value):
             yield from _places(name, part, (*path, i))
-    elif type(value) is float or (type(value) is bool and name not in PACKED):
-        yield path
-    elif type(value) is int and abs(value) < ADDRESS and (value != 0 or len(path) > 1):
+    elif isinstance(value, bool):
+        if name not in PACKED:
+            yield path
+    elif isinstance(value, float) or (isinstance(value, int) and abs(value) < ADDRESS and (value or len(path) > 1)):
         yield path
 
 
 def _spoiled(choose: random.Random, name: str, path: tuple, value: object) -> object:
     if is_view(value):
         return _spoiled_view(choose, value)
-    if type(value) is float:
+    if isinstance(value, float):
         return choose.choice([float("nan"), float("inf"), -float("inf"), -1.0, 1e308])
-    if type(value) is bool:
+    if isinstance(value, bool):
         return not value
     if len(path) == 1 and name in COUNTED:
         return _smaller(choose, value)
-    if name in PACKED and (len(path) == 1 or (len(path) == 3 and path[1] == 0)):
-        return choose.choice([0, -1, -(2**31), -(2**63), 2**40 + 1, 2**63 - 1] if len(path) == 1 else [0, -1, -(2**63), 1])
+    if name in PACKED and len(path) == 1:  # groups: that divide nothing
+        return choose.choice([0, -1, -(2**31), -(2**63), 2**40 + 1, 2**63 - 1])
+    if name in PACKED and len(path) == 3 and path[1] == 0:  # the kernel: no more than was packed
+        return choose.choice([0, -1, -(2**63), 1])
     return within(number(choose))
 
 

@@ -159,7 +159,8 @@ def make_fused(choose):
 def define_fused(y, switches, weight, kernel_size, pool_stride, pool_padding, pool_dilation, stride, padding, dilation,
                  groups, unpooled_size, output_size, overlap):  # fmt: skip
     """Both sizes are given: the output padding is what lies between them."""
-    pool, conv = pool_params(kernel_size, pool_stride, pool_padding, pool_dilation), conv_params(stride, padding, dilation, groups)
+    pool = pool_params(kernel_size, pool_stride, pool_padding, pool_dilation)
+    conv = conv_params(stride, padding, dilation, groups)
     kernel = tuple(weight.shape[2:])
     check_conv_transposed_size(tuple(y.shape[2:]), pool, conv, kernel, tuple(unpooled_size), tuple(output_size))
     extra = output_padding_of(unpooled_size, output_size, conv, kernel)
@@ -180,7 +181,7 @@ def overload(name: str, make: Callable, define: Callable) -> Op:
 
 
 def _as_schema(kind: str, value: object) -> object:
-    """The value as the dispatcher hands it on: it takes any number for a bool, a tensor of one for an int, bytes for text."""
+    """The value as the dispatcher hands it on: any number is a bool to it, a tensor of one an int, and bytes are text."""
     if kind == "bool":
         return bool(value)
     if kind == "str" and isinstance(value, bytes):
@@ -299,10 +300,8 @@ def swap_filters(choose, args):
     k, c, *kernel = weight.shape
     other = choose.choice([(k + 1, c, *kernel), (k, c + 1, *kernel), (2 * k, c, *kernel), (k, c, 1, 1), (1, 1, 1, 1)])
     dtype = choose.choice([weight.dtype, torch.float64])
-    made = delta_filters(
-        torch.randn(other).to(dtype), groups=choose.choice([groups, 1]), precision=choose.choice(["exact", "bf16"])
-        if dtype == torch.float32 else "exact",
-    )  # fmt: skip
+    weight = torch.randn(other).to(dtype)
+    made = delta_filters(weight, groups=choose.choice([groups, 1]), precision=draw_precision(choose, weight))
     if choose.random() < 0.6:
         field = choose.choice(["packed", "packed", "weight", "groups", "precision", "reader"])
         made = args["filters"]._replace(**{field: getattr(made, field)})
@@ -382,7 +381,8 @@ def draw_pointwise(choose):
 
 def make_lrn_delta(choose):
     delta, before, places = draw_pointwise(choose)
-    lrn = Lrn(choose.choice([1, 2, 3, 5, 9]), choose.choice([1e-4, 0.5]), choose.choice([0.75, 0.5]), choose.choice([1.0, 2.0]))
+    alpha, beta, k = choose.choice([1e-4, 0.5]), choose.choice([0.75, 0.5]), choose.choice([1.0, 2.0])
+    lrn = Lrn(choose.choice([1, 2, 3, 5, 9]), alpha, beta, k)
     after = torch.nn.functional.local_response_norm(before, *lrn)
     args = dict(delta=delta, before=before, after=after, lrn=lrn, places=places)
     return draw_out(choose, args, tuple(delta.shape), delta.dtype)
@@ -439,8 +439,8 @@ def make_strongest(choose):
 
 def make_conv_strongest(choose):
     conv = draw_conv(choose)
-    images = maps(choose, (choose.choice([0, 1, 2]), choose.choice([1, 3, 4]), choose.randint(5, 12), choose.randint(5, 20)))
-    images = images.float()
+    shape = choose.choice([0, 1, 2]), choose.choice([1, 3, 4]), choose.randint(5, 12), choose.randint(5, 20)
+    images = maps(choose, shape, (torch.float32,))
     size = changes.window_size(images.shape[2:], conv)
     if min(size) < 1:
         conv = (conv[0], (1, 1), tuple(k - 1 for k in conv[0]), (1, 1))

@@ -298,7 +298,8 @@ def show(value: object) -> str:
         if isinstance(value, torch.Tensor):
             strides = tuple(value.stride()) if value.layout == torch.strided else value.layout
             kind = " ".join(word for word, has in _MARKS.items() if has(value))
-            return f"{type(value).__name__}<{str(value.dtype)[6:]} {list(value.shape)} strides {strides} {value.device} {kind}>"
+            what = f"{str(value.dtype)[6:]} {list(value.shape)} strides {strides} {value.device} {kind}"
+            return f"{type(value).__name__}<{what.strip()}>"
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key}={show(part)}" for key, part in value.items()) + "}"
         if is_named(value):

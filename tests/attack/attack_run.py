@@ -52,7 +52,7 @@ NOTES = {
 
 def work() -> None:
     """Reads "op first count" lines, and writes what comes of the cases as lines of JSON."""
-    import attack_calls  # noqa: F401  once, for all children
+    import attack_judge  # noqa: F401  once, for all children
     import attack_planted
     import torch
 
