@@ -301,7 +301,8 @@ def swap_filters(choose, args):
     other = choose.choice([(k + 1, c, *kernel), (k, c + 1, *kernel), (2 * k, c, *kernel), (k, c, 1, 1), (1, 1, 1, 1)])
     dtype = choose.choice([weight.dtype, torch.float64])
     weight = torch.randn(other).to(dtype)
-    made = delta_filters(weight, groups=choose.choice([groups, 1]), precision=draw_precision(choose, weight))
+    groups = choose.choice([groups, 1]) if other[0] % groups == 0 else 1
+    made = delta_filters(weight, groups=groups, precision=draw_precision(choose, weight))
     if choose.random() < 0.6:
         field = choose.choice(["packed", "packed", "weight", "groups", "precision", "reader"])
         made = args["filters"]._replace(**{field: getattr(made, field)})

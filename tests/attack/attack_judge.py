@@ -61,7 +61,7 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         except Exception as error:
             if _out_of_memory(error):
                 return ANSWER, ""
-            if isinstance(error, SwitchError) and "switches" in op.trusted:
+            if isinstance(error, SwitchError) and ("switches" in op.trusted or not _readable(ours)):
                 return ANSWER, ""
             if isinstance(error, DataDependentOutputException):  # a fake tensor: the definition asks for its values
                 return ANSWER, ""
@@ -106,8 +106,8 @@ def _error(error: Exception) -> tuple[str, str]:
     if _out_of_memory(error):
         return MEMORY, said
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]
-    if not ours:
-        return SCHEMA, said  # the dispatcher refused it before any code of ours ran
+    if not ours or str(error).startswith("Multiple dispatch failed"):
+        return SCHEMA, said  # the dispatcher refused it before any kernel of ours ran
     last = ours[-1]
     if type(error) is ValueError and "native." in linecache.getline(last.filename, last.lineno):
         return TYPED, said  # as documented: what the native kernel refuses
@@ -132,7 +132,7 @@ def _tensors(args: dict) -> list[tuple[tuple, torch.Tensor]]:
     ]
 
 
-def _readable(x: torch.Tensor) -> bool:
+def _readable(x: object) -> bool:
     plain = type(x) in (torch.Tensor, torch.nn.Parameter, attack_hostile.Subclass)
     if not plain or x.device.type != "cpu" or x.layout != torch.strided or x.is_quantized or x.is_nested:
         return False
