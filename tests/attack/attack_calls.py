@@ -13,7 +13,7 @@ import attack_hostile
 import numpy
 import torch
 
-import zfcore.ops  # noqa: F401  registers the overloads
+import zfcore.ops
 from zfcore import reference
 from zfcore.errors import ShapeError
 from zfcore.ops.conv_boxes import conv_boxes
@@ -33,6 +33,7 @@ from zfcore.reference._params import (
     Limits,
     Lrn,
     Places,
+    PoolParams,
     StepParams,
     conv_params,
     pool_params,
@@ -178,6 +179,21 @@ def overload(name: str, make: Callable, define: Callable) -> Op:
         return define(*map(_as_schema, kinds, args.values()))
 
     return Op(make, lambda **args: op(*args.values()), defined)
+
+
+def make_step(choose):
+    """As `make_fused`, for the public function, which works out the sizes that are not given."""
+    args = make_fused(choose)
+    y, switches, weight, *pool = (args[name] for name in list(args)[:7])
+    conv = ConvParams(*(args[name] for name in ("stride", "padding", "dilation", "groups")))
+    return dict(
+        y=y, switches=switches, weight=weight, pool=PoolParams(*pool), conv=conv, output_size=args["output_size"],
+        overlap=args["overlap"], strict_nan=choose.random() < 0.2,
+    )  # fmt: skip
+
+
+def public(name: str, make: Callable) -> Op:
+    return Op(make, getattr(zfcore.ops, name), getattr(reference, name))
 
 
 def _as_schema(kind: str, value: object) -> object:
@@ -465,6 +481,11 @@ OPS: dict[str, Op] = {
     "zfcore::unpool_relu2d": overload("unpool_relu2d", make_unpool, reference.unpool_relu2d),
     "zfcore::pool_gather2d": overload("pool_gather2d", make_gather, reference.pool_gather2d),
     "zfcore::unpool_relu_conv_transpose2d": overload("unpool_relu_conv_transpose2d", make_fused, define_fused),
+    "max_pool2d_with_switches": public("max_pool2d_with_switches", make_max_pool),
+    "unpool2d": public("unpool2d", make_unpool),
+    "unpool_relu2d": public("unpool_relu2d", make_unpool),
+    "pool_gather2d": public("pool_gather2d", make_gather),
+    "unpool_relu_conv_transpose2d": public("unpool_relu_conv_transpose2d", make_step),
     "paste_boxes": writing(paste_boxes, reference.paste_boxes, make_paste),
     "conv_boxes": Op(make_conv_boxes, conv_boxes, define_conv_boxes, ("filters",), swap_filters),
     "conv_delta": Op(make_conv_delta, conv_delta, define_conv_delta, ("filters",), swap_filters),

@@ -27,6 +27,7 @@ OURS = os.path.dirname(zfcore.__file__)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # What torch says of odd tensors that it cannot join, though the op could: no word of the definition's.
 JOINED = re.compile("Creating a new Tensor subclass|Inference tensors cannot be saved for backward")
+DISPATCHERS = ("Multiple dispatch failed", "Could not run 'zfcore::", "Inference tensors cannot be saved for backward")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # which torch does not compare
 EXTREME = 1e4  # of a value: sums of larger ones cancel, or overflow, as the order has it
 MOVING = ("max_pool", "zfcore::unpool2d", "unpool_relu2d", "gather", "strongest")  # ops that only move values
@@ -109,8 +110,8 @@ def _error(error: Exception) -> tuple[str, str]:
     if _out_of_memory(error):
         return MEMORY, said
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]
-    if not ours or str(error).startswith(("Multiple dispatch failed", "Could not run 'zfcore::")):
-        return SCHEMA, said  # the dispatcher refused it before any kernel of ours ran
+    if not ours or str(error).startswith(DISPATCHERS):
+        return SCHEMA, said  # torch refused it before any kernel of ours ran
     last = ours[-1]
     if type(error) is ValueError and "native." in linecache.getline(last.filename, last.lineno):
         return TYPED, said  # as documented: what the native kernel refuses
