@@ -53,14 +53,14 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         if op.define is None:
             return ANSWER, ""
         defining()
-        again, _ = attack_calls.case(name, seed)
+        again = _again(name, seed)
         touched = {str(key) for path in changed for key in path}
         out = again.get("out")
         shared = _shares(args.get("out"), args)
         if not shared and (written := _written(args, again)):
             return WRONG, f"the op wrote to its argument {written}"
         try:
-            wanted = op.define(**attack_hostile.as_numbers(again))
+            wanted = op.define(**again)
         except Exception as error:
             if _out_of_memory(error):
                 return ANSWER, ""
@@ -79,6 +79,17 @@ def judge(name: str, seed: int, defining: Callable[[], None] = lambda: None) -> 
         return (WRONG, difference) if difference else (ANSWER, "")
 
 
+def define(name: str, seed: int) -> object:
+    """What the definition alone gives for the case."""
+    with _mode(seed):
+        return attack_calls.OPS[name].define(**_again(name, seed))
+
+
+def _again(name: str, seed: int) -> dict:
+    """The arguments drawn once more, as the definition takes them: the op may have written to the first."""
+    return attack_hostile.as_numbers(attack_calls.case(name, seed)[0])
+
+
 @contextlib.contextmanager
 def _mode(seed: int):
     with contextlib.ExitStack() as stack:
@@ -92,9 +103,8 @@ def _mode(seed: int):
 def _refused(op, name, seed, said, defining) -> tuple[str, str]:
     """A good call that is refused is right only where its definition refuses it too."""
     defining()
-    again, _ = attack_calls.case(name, seed)
     try:
-        op.define(**again)
+        op.define(**_again(name, seed))
     except Exception:
         return TYPED, said
     return REFUSED, f"a good call, refused: {said}"

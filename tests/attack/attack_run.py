@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import queue
@@ -85,13 +86,15 @@ def _batch(name: str, first: int, end: int) -> int:
         if status == 0 and done == end:
             return end
         outcome = HANG if status == signal.SIGKILL else SIGNAL
-        if phase == "definition":
-            _tell(name, seed, DEFINITION, "", "")
-        else:
-            alone, described = _alone(name, seed, again=outcome == SIGNAL)
+        if phase == "definition" and (outcome == HANG or _ends(lambda tell: _define(name, seed))):
+            _tell(name, seed, DEFINITION)
+            return seed + 1
+        how = ""
+        if outcome == SIGNAL:
+            alone = _ends(lambda tell: _cases(name, range(seed, seed + 1), tell))
             since = "alone too" if alone else f"not alone, but in a run of the cases since {first}"
-            how = "" if outcome == HANG else f"{_ending(status)} ({since}) {_tail(said)}"
-            _tell(name, seed, outcome, how, described)
+            how = f"{_ending(status)} ({since}) {_tail(said)}"
+        _tell(name, seed, outcome, how, _described(name, seed))
         return seed + 1
 
 
@@ -144,20 +147,29 @@ def describe(name: str, seed: int) -> str:
     return f"hostile: {', '.join('.'.join(map(str, path)) for path in changed)}; {show(args)}"
 
 
-def _alone(name: str, seed: int, again: bool) -> tuple[bool, str]:
-    """Whether the case, run ``again``, ends a process of its own too; and its description."""
+def _define(name: str, seed: int) -> None:
+    """Runs the definition alone: what it does not survive then is its own fault, and not what the op did to the memory."""
+    import attack_judge
 
-    def run(tell):
-        tell("described", seed, describe(name, seed))
-        _cases(name, range(seed, seed + again), tell)
+    with contextlib.suppress(Exception):
+        attack_judge.define(name, seed)
 
-    described = ""
+
+def _ends(run) -> bool:
+    """Whether a process of its own does not survive this."""
     with tempfile.TemporaryFile() as said:
         pid, pipe = _fork(run, said)
-        for event in _events(pid, pipe):
-            if event[0] == "described":
-                described = event[2]
-        return os.waitpid(pid, 0)[1] != 0, described
+        for _ in _events(pid, pipe):
+            pass
+        return os.waitpid(pid, 0)[1] != 0
+
+
+def _described(name: str, seed: int) -> str:
+    with tempfile.TemporaryFile() as said:
+        pid, pipe = _fork(lambda tell: tell(describe(name, seed)), said)
+        told = [event[0] for event in _events(pid, pipe)]
+        os.waitpid(pid, 0)
+        return told[0] if told else ""
 
 
 def _events(pid: int, pipe: int):
