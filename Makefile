@@ -1,11 +1,13 @@
 # make demo   a trained network's view of real images, as figures and a page (out/demo/index.html)
 # make test   the tests
 # make bench  the benchmarks, with their floors
+# make attack hostile calls of every op, 20,000 each; writes the counts to out/attack.md
 #
 # Each makes the virtual environment .venv and installs everything into it first. Variables:
 #   PYTHON=python3.12         the interpreter (3.10 to 3.13)
 #   TORCH=torch==2.13.0       what to install as torch; a range or another build works too
 #   ZFCORE_CUDA=AUTO|ON|OFF   whether the CUDA kernels are built
+#   ZFCORE_ATTACK=20000       how many calls of each op "make attack" makes
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find zfcore kernels csrc -type f \
 	! -name '*.pyc' ! -name '*.so' 2>/dev/null)
 
-.PHONY: demo test bench env clean
+.PHONY: demo test bench attack env clean
 
 demo: $(VENV)/installed
 	$(BIN)/zfcore demo --out $(OUT)
@@ -27,6 +29,10 @@ test: $(VENV)/installed $(VENV)/testing
 
 bench: $(VENV)/installed $(VENV)/testing
 	$(BIN)/pytest bench --benchmark-only
+
+attack: $(VENV)/installed
+	@mkdir -p out
+	$(BIN)/python tests/attack/attack_run.py --table out/attack.md
 
 env: $(VENV)/installed
 	cd $(VENV) && bin/python -m zfcore.env

@@ -100,6 +100,7 @@ def _reference(y, switches, weight, *args):
 def _cpu(y, switches, weight, *args):
     z, pool_window, conv_window = _prepare(y, switches, weight, *args)
     unpooled = tuple(args[UNPOOLED])
+    _boundary.pointer(weight, "weight")
     weight = weight.contiguous()
     bad = native.unpool_relu_conv_transpose2d_cpu(
         _boundary.view(y),

@@ -281,6 +281,8 @@ def check_weight(y: torch.Tensor | Spec, weight: torch.Tensor | Spec, groups: in
     """Refuse a weight that is not [K, C/groups, kh, kw] for a y with K channels."""
     if len(weight.shape) != 4:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected [K, C/groups, kh, kw]")
+    if weight.layout is not torch.strided:
+        raise DtypeError(f"weight has layout {weight.layout}: expected a dense (strided) tensor")
     for length in weight.shape:
         if length < 1:
             raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected no empty axis")
