@@ -17,6 +17,7 @@ HELD_ELSEWHERE = (
     "the CUDA kernels leave bad switches out",
     "the arguments are checked before any kernel",
     "set ZFCORE_LARGE=1",
+    "ZFCORE_ATTACK=1",
 )
 
 

@@ -83,7 +83,7 @@ def make_subject(options: argparse.Namespace, console: Console) -> Subject:
     if options.weights is not None:
         metadata = models.load_weights(model, options.weights)
         if "input_size" in metadata:
-            meta = models.ModelMeta.from_metadata(metadata)
+            meta = models.ModelMeta.from_metadata(metadata, f"weights {str(options.weights)!r}")
     channels = options.channels or (meta.channels if meta else _first_channels(model))
     if meta:
         mean, std = meta.mean, meta.std
