@@ -217,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
           whole.weight = view(weight);
           whole.out = view(out);
           whole.groups = groups;
+          whole.whole = true;
           for (int axis = 0; axis < 2; ++axis) whole.map[axis] = unpooled[axis], whole.below[axis] = whole.out.size[2 + axis];
           whole.pool = window(pool);
           whole.conv = window(conv);

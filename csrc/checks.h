@@ -153,6 +153,9 @@ inline void check_step(const DeconvStep& step, int64_t outputs) {
   }
   product({places[0], places[1], step.signal.size[1]});
   product({canvas[0], canvas[1], outputs + 64});
+  for (int axis = 0; axis < 2 && b > 0; ++axis)
+    require(step.out.size[2 + axis] == (step.whole ? step.frame ? step.out.size[2 + axis] : step.below[axis] : canvas[axis]),
+            "a result of another size");
   const View* maps[2] = {&step.switches, &step.passes};
   for (const View* v : maps) {
     if (!v->data) continue;

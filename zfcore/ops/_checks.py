@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary
 from zfcore.ops._library import is_plain
-from zfcore.reference._params import Pair, integer, is_sequence, show
+from zfcore.reference._params import INT32_MAX, Pair, integer, is_sequence, show
 
-MOST = 2**40  # of a window's numbers; sums of products with sizes then fit 64 bits
+MOST = INT32_MAX  # of a window's numbers, as of torch's
 MOST_PIXELS = 2**31 - 1  # along an axis: the kernels count in 32 bits
 
 Window = tuple[Pair, Pair, Pair, Pair]
@@ -79,7 +79,7 @@ def result(out: Any, like: torch.Tensor, shape: Sequence[int], *read: torch.Tens
     if tuple(out.shape) != tuple(shape) or out.dtype != like.dtype or (last and out.stride(1) != 1 != out.size(1)):
         layout = ", channels last" if last else ""
         raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {like.dtype} {tuple(shape)}{layout}")
-    if out.requires_grad and torch.is_grad_enabled():
+    if out.requires_grad:
         raise ArgumentError("out requires grad, which nothing here records: expected one that does not")
     if out.numel() and _folded(out):
         raise ShapeError(f"out of strides {out.stride()}: expected no two of its values in one place")

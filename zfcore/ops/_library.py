@@ -295,6 +295,8 @@ def register(
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def differentiate(keyset, *args):
+        if any(x is not None and x.is_nested for x in args[:tensors]):
+            raise DtypeError(f"{name}: a nested tensor: expected a dense one")
         # Which tensors carry a derivative forward, autograd alone knows.
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:tensors])):
             return Differentiable.apply(*args)

@@ -63,7 +63,7 @@ def conv_boxes(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the arguments do not belong together.
-        ValueError: a patch is not inside its picture, or reaches outputs outside of the result (the CPU's kernels).
+        ArgumentError: a patch is not inside its picture, or reaches outputs outside of the result (the CPU's kernels).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """

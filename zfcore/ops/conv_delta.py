@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from zfcore import reference
-from zfcore.errors import ArgumentError, DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _change, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.ops.relu_delta import check_rectifier
+from zfcore.reference._geometry import FLOATS
 from zfcore.reference._params import INT32_MAX, ConvChange, Limits, Places, integer, is_sequence, show
 
 PRECISIONS = ("exact", "tf32", "bf16")  # of products; sums are float32 and wider
@@ -108,6 +109,8 @@ def delta_filters(
         raise ArgumentError(f"precision: {show(precision)}; expected one of {PRECISIONS}")
     plain = _checks.tensor("weight", weight)
     scale = _checks.optional("scale", scale, plain.device)
+    if plain.is_meta:
+        raise DeviceError("weight on meta: expected a device that holds values")
     if weight.dtype not in _change.DTYPES or 0 in weight.shape:
         raise ShapeError(f"weight of {weight.dtype} {tuple(weight.shape)}: expected float32 or float64, none of 0")
     if precision != "exact" and weight.dtype != torch.float32:
@@ -117,7 +120,7 @@ def delta_filters(
     shape = tuple(weight.shape) if shape is None else tuple(shape)
     if len(shape) != 4 or math.prod(shape) != weight.numel():
         raise ShapeError(f"weight of {tuple(weight.shape)}, shape={show(shape)}: expected [K, C / groups, kh, kw]")
-    if scale is not None and (tuple(scale.shape) != shape[:1] or not scale.is_floating_point()):
+    if scale is not None and (tuple(scale.shape) != shape[:1] or scale.dtype not in FLOATS):
         raise ShapeError(f"scale of {scale.dtype} {tuple(scale.shape)}: expected [{shape[0]}], of a float type")
     groups = integer("groups", groups, groups, 1, INT32_MAX)
     if shape[0] % groups:
@@ -235,7 +238,7 @@ def check_filters(
     if weight.dim() != 4:
         raise ShapeError(f"filters of {tuple(weight.shape)}: expected [K, C / groups, kh, kw]")
     k, c, *kernel = weight.shape
-    if scale is not None and (tuple(scale.shape) != (k,) or not scale.is_floating_point()):
+    if scale is not None and (tuple(scale.shape) != (k,) or scale.dtype not in FLOATS):
         raise ShapeError(f"filters.scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
     if filters.precision not in PRECISIONS:
         raise ArgumentError(f"filters.precision={show(filters.precision)}: expected one of {PRECISIONS}")
@@ -292,7 +295,7 @@ def conv_delta(
 
     Raises:
         ShapeError, DtypeError: the arguments do not belong together.
-        ValueError: a patch is not inside its map, or reaches outputs outside of the result (the CPU's kernel).
+        ArgumentError: a patch is not inside its map, or reaches outputs outside of the result (the CPU's kernel).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """

@@ -71,7 +71,7 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
     if step.pool is not None and any(p > k // 2 for k, p in zip(step.pool[0], step.pool[2], strict=True)):
         raise ArgumentError(f"step.pool={step.pool}: expected a padding of at most half the kernel")
     # On a GPU the images would have to be waited for; the kernels there look themselves.
-    low, high = _checks.ends("image", image) if device.type != "cuda" and (switches, passes) != (None, None) else (0, -1)
+    low, high = _checks.ends("image", image) if device.type != "cuda" and not switches is passes is None else (0, -1)
     maps = dict(switches=_checks.optional("switches", switches, device), passes=_checks.optional("passes", passes, device))
     for name, dtype in (("switches", torch.uint8), ("passes", torch.bool)):
         if (x := maps[name]) is None:
@@ -85,7 +85,7 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
     if maps["passes"] is not None and tuple(maps["passes"].shape[2:]) != step.map:
         raise ShapeError(f"passes of shape {tuple(maps['passes'].shape)}: expected maps of {step.map}")
     scale = _checks.optional("scale", scale, device)
-    if scale is not None and (tuple(scale.shape) != (k,) or not scale.is_floating_point()):
+    if scale is not None and (tuple(scale.shape) != (k,) or scale.dtype not in FLOATS):
         raise ShapeError(f"scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
     frame = None if frame is None else _check_frame(frame, step, origin)
     places = tuple(signal.shape[2:]) if step.pool is None else _checks.reach("step.pool", tuple(signal.shape[2:]), step.pool)

@@ -71,7 +71,7 @@ def paste_boxes(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the arguments do not belong together.
-        ValueError: a patch is not inside its picture.
+        ArgumentError: a patch is not inside its picture.
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from zfcore import reference
@@ -11,6 +13,7 @@ from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.reference._params import Places, is_sequence, show
 from zfcore.reference.pointwise_delta import FUNCTIONS
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 _CODES = {name: code for code, name in enumerate(FUNCTIONS)}
 
 
@@ -36,13 +39,16 @@ def _triton(change, clean, function, places, out):
 _run = choosing("pointwise_delta", {"reference": _reference, "cpu": _cpu, "triton": _triton})
 
 
-def _check_function(function: tuple[str, float, float]) -> tuple[str, float, float]:
+def _check_function(function: tuple[str, float, float], dtype: torch.dtype) -> tuple[str, float, float]:
     words = f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers"
     if not is_sequence(function) or len(function) != 3 or not isinstance(function[0], str):
         raise DtypeError(words)
     if function[0] not in FUNCTIONS:
         raise ArgumentError(words)
-    return function[0], _checks.number("a", function[1]), _checks.number("b", function[2])
+    numbers = _checks.number("a", function[1]), _checks.number("b", function[2])
+    if dtype is torch.float32 and any(FLOAT32_MAX < abs(number) < math.inf for number in numbers):
+        raise ArgumentError(f"function={show(function)}: expected numbers that float32 holds")
+    return function[0], *numbers
 
 
 def pointwise_delta(
@@ -68,10 +74,10 @@ def pointwise_delta(
     Raises:
         ArgumentError: there is no function of that name.
         ShapeError, DtypeError: the arguments do not belong together.
-        ValueError: a patch is not inside its map (the CPU's kernel).
+        ArgumentError: a patch is not inside its map (the CPU's kernel).
     """
-    function = _check_function(function)
     change, places, clean = _change.check(change, places, clean)
+    function = _check_function(function, change.dtype)
     if clean.size(1) != change.size(1) or places.size != tuple(change.shape[2:]):
         raise ShapeError(
             f"change {tuple(change.shape)}, clean {tuple(clean.shape)}, a result of {tuple(places.size)}: they do not "

@@ -54,7 +54,7 @@ def pool_delta(
 
     Raises:
         ShapeError, DtypeError: the arguments do not belong together.
-        ValueError: a patch is not inside its map (the CPU's kernel).
+        ArgumentError: a patch is not inside its map (the CPU's kernel).
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
     """

@@ -13,6 +13,7 @@ from zfcore.reference._geometry import (
     check_switches,
     check_tensor,
     check_unpooled_size,
+    shape_of,
     spec,
     unpooled_size,
 )
@@ -123,6 +124,7 @@ def unpool(public, op, y, switches, kernel_size, stride, padding, dilation, outp
     pool = pool_params(kernel_size, stride, padding, dilation)
     overlap_mode(overlap)
     size = None if output_size is None else size_pair(output_size)
+    shape_of("switches", switches)
     if y.dim() == 3 and switches.dim() == 3:
         size = unpooled_size(y.shape[1:], pool, size)
         return op(y.unsqueeze(0), switches.unsqueeze(0), *pool[:4], size, overlap).squeeze(0)

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from zfcore import reference
 from zfcore.errors import DtypeError
 from zfcore.ops import _boundary
-from zfcore.ops._library import keep, library, native, register
+from zfcore.ops._library import is_plain, keep, library, native, register
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.ops.pool_gather2d import pool_gather2d_op
 from zfcore.ops.unpool_relu2d import unpool_relu2d_op
@@ -22,6 +22,7 @@ from zfcore.reference._geometry import (
     check_weight,
     conv_transposed_size,
     output_padding_of,
+    shape_of,
     spec,
 )
 from zfcore.reference._params import (
@@ -292,14 +293,16 @@ def unpool_relu_conv_transpose2d(
         check_map("y", y)
         check_switches(y, switches)
         check_weight(y, weight, conv.groups)
-    kernel = weight.shape[2:]
-    unpooled, size = conv_transposed_size(y.shape[2:], pool, conv, kernel, size)
+    kernel = shape_of("weight", weight)[2:]
+    unpooled, size = conv_transposed_size(shape_of("y", y)[2:], pool, conv, kernel, size)
     if not strict_nan:
         return unpool_relu_conv_transpose2d_op(
             y, switches, weight, *pool[:4], *conv[:4], unpooled, size, overlap
         )
     check_conv_transposed_size(y.shape[2:], pool, conv, kernel, unpooled, size)
     check_result(y, *_shape(y, weight, conv.groups, size))
+    if is_plain(weight):
+        _boundary.pointer(weight, "weight")  # that it has memory
     u = unpool_relu2d_op(y, switches, *pool[:4], unpooled, overlap)
     extra = output_padding_of(unpooled, size, conv, kernel)
     return F.conv_transpose2d(u, weight, None, conv.stride, conv.padding, extra, conv.groups, conv.dilation)

@@ -38,9 +38,17 @@ def spec(x: torch.Tensor) -> Spec:
         raise DtypeError(f"a {type(x).__name__} without a shape: expected a dense torch.Tensor") from error
 
 
+def shape_of(name: str, x: torch.Tensor | Spec) -> torch.Size:
+    """Its shape, where it has one: None and nested tensors do not."""
+    try:
+        return x.shape
+    except (AttributeError, RuntimeError) as error:
+        raise DtypeError(f"{name} is a {type(x).__name__} without a shape: expected a dense torch.Tensor") from error
+
+
 def check_map(name: str, x: torch.Tensor | Spec) -> None:
     """Refuse what is not a dense float map [N, C, H, W] with at least one channel."""
-    if len(x.shape) != 4:
+    if len(shape_of(name, x)) != 4:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}: expected [N, C, H, W] or [C, H, W]")
     if x.dtype not in FLOATS:
         raise DtypeError(f"{name} has dtype {x.dtype}: expected float32, float64, bfloat16 or float16")
@@ -201,21 +209,21 @@ def _memory() -> int:
 
 def check_switches(y: torch.Tensor | Spec, switches: torch.Tensor | Spec) -> None:
     """Refuse switches that are not bytes of y's shape on y's device."""
+    shape = shape_of("switches", switches)
     if switches.dtype is not torch.uint8:
         raise DtypeError(f"switches has dtype {switches.dtype}: expected torch.uint8")
-    if switches.shape != y.shape:
-        raise ShapeError(
-            f"switches has shape {tuple(switches.shape)}: expected the pooled map's {tuple(y.shape)}"
-        )
+    if shape != y.shape:
+        raise ShapeError(f"switches has shape {tuple(shape)}: expected the pooled map's {tuple(y.shape)}")
     if switches.device != y.device:
         raise DeviceError(f"switches is on {switches.device}: expected {y.device}, where the pooled map is")
 
 
 def check_gather_switches(x: torch.Tensor | Spec, switches: torch.Tensor | Spec) -> None:
     """Refuse switches that are not bytes [N, C, Oh, Ow] with the N and C of the map x."""
+    shape = shape_of("switches", switches)
     if switches.dtype is not torch.uint8:
         raise DtypeError(f"switches has dtype {switches.dtype}: expected torch.uint8")
-    if len(switches.shape) != 4 or switches.shape[:2] != x.shape[:2]:
+    if len(shape) != 4 or shape[:2] != x.shape[:2]:
         raise ShapeError(
             f"switches has shape {tuple(switches.shape)}: expected [N, C, Oh, Ow] with the N and C "
             f"of x, {tuple(x.shape)}"
@@ -279,7 +287,7 @@ def bad_switch(switches: torch.Tensor, index: int, size: Pair, window: Window) -
 
 def check_weight(y: torch.Tensor | Spec, weight: torch.Tensor | Spec, groups: int) -> None:
     """Refuse a weight that is not [K, C/groups, kh, kw] for a y with K channels."""
-    if len(weight.shape) != 4:
+    if len(shape_of("weight", weight)) != 4:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}: expected [K, C/groups, kh, kw]")
     if weight.layout is not torch.strided:
         raise DtypeError(f"weight has layout {weight.layout}: expected a dense (strided) tensor")

@@ -134,11 +134,9 @@ def show(value: Any) -> str:
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if type(value) is int and value.bit_length() > 1024:
         return f"<an int of {value.bit_length()} bits>"
-    if isinstance(value, torch.Tensor):
-        return f"<a tensor of shape {tuple(value.shape)}>"
     try:
-        text = repr(value)
-    except ValueError:  # an int beyond sys.get_int_max_str_digits(), inside another object
+        text = f"<a tensor of shape {tuple(value.shape)}>" if isinstance(value, torch.Tensor) else repr(value)
+    except (ValueError, RuntimeError):  # an int beyond sys.get_int_max_str_digits(), inside another object; a tensor of none
         return f"<a {type(value).__name__}>"
     return text if len(text) <= 200 else text[:200] + "..."
 
@@ -150,7 +148,7 @@ def integer(name: str, value: Any, given: Any, low: int, high: int) -> int:
             raise DtypeError(f"{name}={show(given)}: expected an int or a pair of ints")
         try:
             value = operator.index(value)
-        except TypeError:  # a float tensor has __index__, and refuses it
+        except (TypeError, RuntimeError):  # a tensor of floats, or without a value, has __index__ and refuses it
             raise DtypeError(f"{name}={show(given)}: expected an int or a pair of ints") from None
     if value < low:
         raise ArgumentError(f"{name}={show(given)}: expected at least {low}")
@@ -189,7 +187,8 @@ def pool_params(
             f"kernel_size={show(kernel_size)}: expected at most {MAX_TAPS} taps, since a switch is one byte"
         )
     # An empty stride means the kernel's, as in torch.
-    step = kernel if stride is None or stride == () or stride == [] else pair("stride", stride, 1)
+    empty = isinstance(stride, (tuple, list)) and not stride
+    step = kernel if stride is None or empty else pair("stride", stride, 1)
     pad = pair("padding", padding, 0)
     if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
         raise ArgumentError(
