@@ -171,10 +171,11 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _shares(out: object, args: dict) -> bool:
     """Whether ``out`` lies in the memory of another argument: what is read of that is then nobody's promise."""
-    if not isinstance(out, torch.Tensor) or not _readable(out):
+    if not isinstance(out, torch.Tensor) or not _readable(out) or out._is_zerotensor():
         return False
     own = out.untyped_storage().data_ptr()
-    return any(path[0] != "out" and x.untyped_storage().data_ptr() == own for path, x in _tensors(args))
+    others = (x for path, x in _tensors(args) if path[0] != "out" and not x._is_zerotensor())
+    return any(x.untyped_storage().data_ptr() == own for x in others)
 
 
 def _largest(args: dict) -> float:
