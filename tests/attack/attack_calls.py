@@ -203,8 +203,8 @@ def _as_schema(kind: str, value: object) -> object:
     if kind == "str" and isinstance(value, bytes):
         return value.decode()
     if kind != "Tensor" and isinstance(value, (numpy.ndarray, torch.Tensor)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
+        value = int(value) if kind == "int" else value.tolist()
+    if isinstance(value, (list, tuple, dict)):
         return [_as_schema("int", x) for x in value]
     return int(value) if isinstance(value, bool) else value
 
@@ -222,7 +222,7 @@ def draw_out(choose: random.Random, args: dict, shape: tuple[int, ...], dtype: t
 
 
 def into(result: torch.Tensor, out: object) -> torch.Tensor:
-    if out is None:
+    if out is None or (isinstance(out, torch.Tensor) and not out.numel()):
         return result
     with torch.inference_mode(isinstance(out, torch.Tensor) and out.is_inference()):
         return out.copy_(result)

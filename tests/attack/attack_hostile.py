@@ -314,7 +314,7 @@ def show(value: object) -> str:
 
 def as_numbers(value: object, inside: bool = False) -> object:
     """The tree with what counts as an int as one, and ranges as tuples: the definitions know no other."""
-    if isinstance(value, numpy.integer):
+    if isinstance(value, numpy.integer) or (inside and isinstance(value, numpy.ndarray) and value.shape == ()):
         return int(value)
     if isinstance(value, range):
         return tuple(value)
