@@ -19,7 +19,8 @@ from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
 from zfcore import forks
 from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation, ZfcoreError
-from zfcore.kinds import Freed, plain, unusual
+from zfcore.kinds import Freed, plain, unusual, without_values
+from zfcore.network.guard import recording
 
 _INSIDE = ("_orig_mod", "module")  # what the wrappers call the network that they hold
 
@@ -63,7 +64,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
                     "model with whole parameters, such as one that its full state dict was loaded into"
                 )
             for value in (*module._parameters.values(), *module._buffers.values()):
-                if value is not None and (value.is_meta or isinstance(value, UninitializedTensorMixin)):
+                if value is None:
+                    continue
+                if value.is_meta or torch._is_functional_tensor(value) or isinstance(value, UninitializedTensorMixin):
                     _refuse_empty(model)
     if forward_ad._current_level >= 0:
         for name, value in _tensors(model):
@@ -82,6 +85,8 @@ def _refuse_empty(model: nn.Module) -> None:
             raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
         if value.is_meta:
             raise DeviceError(f"model: {name!r} is on the meta device, which holds no values; expected one that does")
+        if torch._is_functional_tensor(value):
+            raise DtypeError(f"model: {name!r} is {unusual(value)}; expected a tensor that holds values")
 
 
 def _refuse_tangent(name: str, value: Tensor) -> None:
@@ -206,7 +211,7 @@ def checked_images(images: Tensor) -> Tensor:
     """[N, C, H, W], as they are otherwise."""
     if not isinstance(images, Tensor):
         raise DtypeError(f"images: a {type(images).__name__}; expected a tensor [N, C, H, W] or [C, H, W]")
-    if what := unusual(images):
+    if what := without_values(images):
         meta = what.startswith("on the meta device")
         error, wanted = (DeviceError, "a device that does") if meta else (DtypeError, "a dense one")
         raise error(f"images: {what}; expected {wanted}")
@@ -253,6 +258,53 @@ def default_device(images: Tensor) -> contextlib.AbstractContextManager:
 # ---- While the model's code runs ---------------------------------------------------------------------------
 
 
+class _ThreadState:
+    """The modes of torch's that a thread is in, and what its calls have changed."""
+
+    def __init__(self) -> None:
+        self.changes = forks.of_this_thread()
+        self.modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+        self.gradient, self.functions = torch.is_grad_enabled(), torch._C._is_torch_function_enabled()
+        self.autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        self.record = getattr(recording, "record", None)
+
+    def restore(self) -> None:
+        while torch._C._len_torch_dispatch_stack() > self.modes[0]:
+            torch._C._pop_torch_dispatch_stack(None)
+        while torch._C._len_torch_function_stack() > self.modes[1]:
+            torch._C._pop_torch_function_stack()
+        if torch.is_grad_enabled() != self.gradient:
+            torch._C._set_grad_enabled(self.gradient)
+        if self.functions and not torch._C._is_torch_function_enabled():
+            torch._C._EnableTorchFunction().__enter__()
+        for device, enabled in zip(("cpu", "cuda"), self.autocast, strict=True):
+            if torch.is_autocast_enabled(device) != enabled:
+                torch.set_autocast_enabled(device, enabled)
+        recording.record = self.record
+        for leave in reversed(forks.of_this_thread()):
+            if leave not in self.changes:
+                forks.left(leave)
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """All of a call, or of a part of it that ends before the caller goes on: afterwards all is as it was.
+
+    Each change has its own end; but an exception of a signal's handler, as of Ctrl-C, may come in the midst of that. And in
+    a forked process torch works in one thread.
+    """
+    state = _ThreadState()
+    try:
+        with forks.one_thread_if_forked():
+            yield
+    finally:
+        try:
+            state.restore()
+        except BaseException:
+            state.restore()
+            raise
+
+
 class _Eager:
     """Compiled parts of models run as they were written. The switch is the process's: the last user turns it back."""
 
@@ -270,12 +322,13 @@ class _Eager:
         if "torch._dynamo" not in sys.modules:  # so nothing is compiled, and the import takes seconds
             yield
             return
-        key = forks.entered(functools.partial(self.turn_for, user := object(), False))
+        leave = functools.partial(self.turn_for, user := object(), False)
         try:
+            forks.entered(leave)
             self.turn_for(user, True)
             yield
         finally:
-            forks.left(key)
+            forks.left(leave)
 
     def turn_for(self, user: object, wants: bool) -> None:
         with self.lock:

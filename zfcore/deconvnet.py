@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zfcore.call import (
     check_surroundings,
     checked_images,
+    contained,
     default_device,
     eagerly,
     layer_inside,
@@ -37,8 +38,7 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
-from zfcore.forks import one_thread_if_forked
-from zfcore.kinds import plain, unusual
+from zfcore.kinds import plain, without_values
 from zfcore.network import evaluating, exact_arithmetic, read_network, resolve_layer
 from zfcore.ops._filters import held as filters_held
 from zfcore.progress import bar_of
@@ -141,7 +141,7 @@ def deconv_project(
     """
     first = 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(one_thread_if_forked())
+        stack.enter_context(contained())
         job = _Job(
             model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict, stack
         )
@@ -189,7 +189,7 @@ def iter_projections(
         raise ArgumentError(
             f"{', '.join(sorted(unknown))}: expected options among {', '.join(defaults)}, progress"
         )
-    with one_thread_if_forked():
+    with contained():
         job = _Job(model, images, layer, units, **{**defaults, **options})
 
     def batches():
@@ -279,7 +279,7 @@ class _Job(Job):
         if units is None:
             return torch.arange(count, device="cpu")
         given = units
-        if isinstance(units, Tensor) and (what := unusual(units)):
+        if isinstance(units, Tensor) and (what := without_values(units)):
             raise DtypeError(f"units: {what}; expected an int, a sequence of ints, or None for all")
         if hasattr(units, "tolist"):  # a tensor, or numpy's array or number
             units = units.tolist()
@@ -307,7 +307,7 @@ class _Job(Job):
             return _choice("positions", positions, ("max", "all"))
         if not isinstance(positions, Tensor) or positions.dtype not in _INT_DTYPES:
             raise DtypeError(f"positions={positions!r}: expected 'max', 'all' or an int tensor [N, U, 2]")
-        if what := unusual(positions):
+        if what := without_values(positions):
             raise DtypeError(f"positions: {what}; expected 'max', 'all' or an int tensor [N, U, 2] of values")
         expected = (len(self.images), len(self.units), 2)
         if tuple(positions.shape) != expected:
@@ -329,7 +329,7 @@ class _Job(Job):
     def working(self):
         """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
         with (
-            one_thread_if_forked(),
+            contained(),
             torch.inference_mode(False),
             default_device(self.images),
             eagerly(),

@@ -15,7 +15,7 @@ import torch
 
 forked = False  # whether this process is a fork of one that had imported zfcore
 _renewals: list[Callable[[], None]] = []
-_open: dict[object, tuple[int, Callable[[], None]]] = {}  # of each change: its thread, and what takes it back
+_open: dict[Callable[[], None], int] = {}  # what takes each change back, and the thread that made it
 
 
 def renewed(renew: Callable[[], None]) -> None:
@@ -23,25 +23,30 @@ def renewed(renew: Callable[[], None]) -> None:
     _renewals.append(renew)
 
 
-def entered(leave: Callable[[], None]) -> object:
-    """Notes what takes a change back that this thread is about to make; gives what `left` wants.
+def entered(leave: Callable[[], None]) -> None:
+    """Notes what takes a change back that this thread is about to make, inside of a try that ends with `left(leave)`.
 
     leave: can be called again where an exception, as of Ctrl-C, ended it half way.
     """
-    key = object()
-    _open[key] = threading.get_ident(), leave
-    return key
+    _open[leave] = threading.get_ident()
 
 
-def left(key: object) -> None:
+def left(leave: Callable[[], None]) -> None:
     """Takes the change back, unless that is done already."""
-    found = _open.pop(key, None)
-    if found is not None:
+    if leave in _open:
         try:
-            found[1]()
+            leave()
         except BaseException:
-            found[1]()
+            leave()
             raise
+        finally:
+            _open.pop(leave, None)
+
+
+def of_this_thread() -> list[Callable[[], None]]:
+    """What takes back the changes that this thread has made and not taken back, the first one first."""
+    here = threading.get_ident()
+    return [leave for leave, thread in _open.copy().items() if thread == here]
 
 
 class _Threads:
@@ -87,11 +92,11 @@ def _after_fork() -> None:
     for renew in _renewals:
         renew()
     here = threading.get_ident()
-    behind = [key for key, (thread, _) in _open.items() if thread != here]
+    behind = [leave for leave, thread in _open.items() if thread != here]
     if behind:
         with one_thread_if_forked():
-            for key in reversed(behind):
-                left(key)
+            for leave in reversed(behind):
+                left(leave)
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -33,7 +33,7 @@ def unusual(t: Tensor) -> str:
     """What a tensor is, in words, where it is not plain values in memory that holds them; else "".
 
     Views with the negative or the conjugate bit, and torch's zeros that have no memory, count as plain: `plain` makes
-    them so. So do subclasses that have functions of their own and no more.
+    them so. So do subclasses that have functions of their own and no more, and tensors on the meta device.
     """
     own = type(t)
     if own is Tensor or own is nn.Parameter:
@@ -49,6 +49,12 @@ def unusual(t: Tensor) -> str:
         return _described(t)
 
 
+def without_values(t: Tensor) -> str:
+    """As `unusual`, of an argument, which the meta device cannot hold."""
+    meta = type(t).__torch_dispatch__ is _DISPATCH and t.is_meta
+    return "on the meta device, which holds no values" if meta else unusual(t)
+
+
 def _described(t: Tensor) -> str:
     if isinstance(t, UninitializedTensorMixin):
         return f"an {type(t).__name__}, which has no shape yet"
@@ -57,7 +63,7 @@ def _described(t: Tensor) -> str:
     if t.is_nested or t.is_quantized:
         return "a nested tensor" if t.is_nested else "a quantised tensor"
     if t.is_meta:
-        return "on the meta device, which holds no values"
+        return ""
     if torch._is_functional_tensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return "a tensor of a transform of torch.func"
     if t.numel() and not t._is_zerotensor() and (not t.data_ptr() or _reaches_outside(t)):

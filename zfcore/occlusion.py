@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zfcore.call import (
     check_surroundings,
     checked_images,
+    contained,
     default_device,
     eagerly,
     layer_inside,
@@ -32,8 +33,7 @@ from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts, last_operation
 from zfcore.engine.sweep import Sweep, sweeps
 from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnsupportedOperation
-from zfcore.forks import one_thread_if_forked
-from zfcore.kinds import plain, unusual
+from zfcore.kinds import plain, without_values
 from zfcore.network import arithmetic, evaluating, exact_arithmetic, kept, observing, read_network
 from zfcore.ops.conv_delta import PRECISIONS, pays
 from zfcore.progress import Bar, bar_of
@@ -95,7 +95,8 @@ class Occlusion:
 
         Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
         """
-        return self._spread(self.clean[:, None, None] - self.scores)
+        with contained():
+            return self._spread(self.clean[:, None, None] - self.scores)
 
     def activation_heatmap(self) -> Tensor:
         """The mean drop of the feature map's total activation, as `heatmap` has it for the score.
@@ -104,7 +105,8 @@ class Occlusion:
         """
         if self.activation is None:
             raise ArgumentError("activation_heatmap: no feature was measured; pass feature=(layer, unit)")
-        return self._spread(self.clean_activation[:, None, None] - self.activation)
+        with contained():
+            return self._spread(self.clean_activation[:, None, None] - self.activation)
 
     def _spread(self, drop: Tensor) -> Tensor:
         """[N, Gy, Gx] one value a box -> [N, H, W] its mean over the boxes that cover a pixel."""
@@ -189,7 +191,7 @@ def occlusion_map(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2 and figure 7.
     """
     with ExitStack() as stack:
-        stack.enter_context(one_thread_if_forked())
+        stack.enter_context(contained())
         # Tensors made under the caller's inference mode could not be written to outside of it, nor count their
         # versions, which shows what a network writes to its input.
         stack.enter_context(torch.inference_mode(False))
@@ -348,7 +350,6 @@ def _check_that_it_runs(model: nn.Module, images: Tensor, error: ShapeError) -> 
 # left of it loses as many digits.
 LARGER = 8
 
-
 class _Changes:
     """Measures positions with the engine, as `Forwards` does with forwards."""
 
@@ -363,7 +364,8 @@ class _Changes:
     ):
         self.sweep, self.images, self.fill, self.positions = sweep, images, fill, positions
         self.answers, self.totals = answers, totals
-        # What an infinity differs by from another is no number: images with any are left for forwards. How often one was
+        # What an infinity differs by from another is no number, and what values that are rounded by more than one differ by
+        # says nothing of functions that saturate: images with any are left for forwards. How often one was
         # seen, by image, and of the positions measured which have differences too coarse for them: looked at when all is
         # done, so that nothing waits for a GPU until then.
         self.infinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -384,9 +386,11 @@ class _Changes:
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         self.group, sweep = group, self.sweep
         with running(sweep.network.model):
-            self.maps = sweep.up(self.images[group])
-        for each in (self.images[group], *self.maps.values()):
-            self.infinite[group] += ~each.flatten(1).isfinite().all(1)
+            self.maps, largest = sweep.up(self.images[group])
+        # A fill that is larger than the picture brings changes as much larger; an infinite one is seen in what it changes.
+        times = torch.linalg.vector_norm(self.fill[group], math.inf, (1, 2, 3)) / largest[0].clamp(min=1)
+        reached = largest.amax(0) * torch.where(times < math.inf, times.clamp(min=1), 1)
+        self.infinite[group] += ~(reached <= 1 / torch.finfo(reached.dtype).eps)
         output = self.maps[sweep.output].reshape(len(group), *sweep.output.shape)
         self.largest = output.flatten(1).abs().amax(1)
         returned = sweep.network.returned(output.clone(memory_format=torch.contiguous_format))
@@ -433,7 +437,7 @@ def _as_picture(fill: object, images: Tensor) -> Tensor:
             value = torch.as_tensor(fill, dtype=torch.float64, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"fill: {fill!r}; expected a number or a tensor") from error
-    if what := unusual(value):
+    if what := without_values(value):
         raise DtypeError(f"fill: {what}; expected a number or a dense tensor")
     value = plain(value)
     if value.dtype == torch.bool or value.is_complex():

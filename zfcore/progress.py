@@ -21,19 +21,19 @@ class Bar(Protocol):
     def update(self, count: int) -> object: ...
 
 
-class _Drawn(tqdm):
+class Drawn(tqdm):
     """A bar that has a lock of its own in a forked process, where another thread may have held the one of all bars."""
 
 
-forks.renewed(lambda: _Drawn.set_lock(threading.RLock()))
+forks.renewed(lambda: Drawn.set_lock(threading.RLock()))
 
 
-class _Silent:
+class Silent:
     """No bar, and no lock of tqdm's."""
 
     total, disable = 0, True
 
-    def __enter__(self) -> _Silent:
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,4 +45,4 @@ class _Silent:
 
 def bar_of(drawn: bool, total: int, unit: str, desc: str | None = None) -> Bar:
     """One that counts to `total`, if it is to be drawn."""
-    return _Drawn(total=total, unit=unit, desc=desc) if drawn else _Silent()
+    return Drawn(total=total, unit=unit, desc=desc) if drawn else Silent()

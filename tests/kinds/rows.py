@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import signal
@@ -16,14 +17,20 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zfcore  # noqa: E402
+import scenes  # noqa: E402
 from kinds_of_tensors import KINDS, VALUES  # noqa: E402
+
+import zfcore  # noqa: E402
 from zfcore.errors import ZfcoreError  # noqa: E402
 
-PLACES = ("images", "0.weight", "0.bias", "1.running_mean", "1.weight", "4.weight", "7.weight", "7.bias")
 
 
-CALLS = ("project", "first", "occlude")
+CALLS = ("project", "first", "occlude")  # the projection of the output, of the first layer; an occlusion map
+DEEP = ("project", "occlude")  # what reads the upper layers
+PLACES = {
+    "images": CALLS, "0.weight": CALLS, "0.bias": CALLS, "1.running_mean": DEEP, "1.weight": DEEP, "4.weight": DEEP,
+    "7.weight": CALLS, "7.bias": DEEP,
+}  # fmt: skip
 
 
 def network() -> nn.Module:
@@ -132,21 +139,29 @@ def forked(work, limit: float = 10) -> dict:
     return json.loads(said)
 
 
-if __name__ == "__main__":
+def scene(name: str) -> dict:
+    try:
+        return {"said": scenes.SCENES[name](network(), IMAGES)}
+    except Exception:
+        return {"said": traceback.format_exc()[-1500:]}
+
+
+def main(part: int, parts: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for kind in ("plain", "halves", "freed"):  # imports and first times, which no row has to wait for
         for call in CALLS:
             row(call, "images", kind)
             row(call, "7.weight", kind)
-    import torch.distributed.tensor  # noqa: F401
-
+    importlib.import_module("torch.distributed.tensor")
     for kind in ("two", "masked", "fake"):
         KINDS[kind](torch.ones(2, 3))
-    kinds = [k for k in KINDS if len(sys.argv) < 2 or k in sys.argv[1].split(",")]
-    for kind in kinds:
-        for place in PLACES if len(sys.argv) < 3 else sys.argv[2].split(","):
-            for call in CALLS:
-                begin = time.time()
-                said = forked(lambda: row(call, place, kind))
-                print(json.dumps({"kind": kind, "place": place, "call": call, "s": round(time.time() - begin, 2)} | said), flush=True)
+    table = [("scene", name, "") for name in scenes.SCENES]
+    table += [(call, place, kind) for kind in KINDS for place, calls in PLACES.items() for call in calls]
+    for call, place, kind in table[part::parts]:
+        said = forked(lambda: scene(place) if call == "scene" else row(call, place, kind))
+        print(json.dumps([[call, place, kind], said]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

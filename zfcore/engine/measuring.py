@@ -18,7 +18,7 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
-from zfcore.kinds import plain, unusual
+from zfcore.kinds import plain, unusual, without_values
 from zfcore.network import Network, Stage, fixed_batch, kept, resolve_layer
 
 # By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
@@ -167,7 +167,7 @@ class Answers:
         scores = self.score(output)
         what = unusual(scores) if isinstance(scores, Tensor) else ""
         if what or not isinstance(scores, Tensor) or scores.shape != (rows,):
-            raise ShapeError(
+            raise (DtypeError if what else ShapeError)(
                 f"score: the callable returned {what or described(scores)} for {rows} images; "
                 f"expected a tensor ({rows},)"
             )
@@ -228,7 +228,7 @@ class FeatureTotals:
         rows = len(self.owners)
         what = unusual(output) if isinstance(output, Tensor) else ""
         if what or not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == rows):
-            raise ShapeError(
+            raise (DtypeError if what else ShapeError)(
                 f"feature: layer {self.layer} returned {what or described(output)} for {rows} images; "
                 "expected a tensor (images, units, ...)"
             )
@@ -270,7 +270,7 @@ def indices(name: str, value: object, images: Tensor) -> Tensor:
         index = value if isinstance(value, Tensor) else torch.as_tensor(value, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints") from error
-    if what := unusual(index):
+    if what := without_values(index):
         raise DtypeError(f"{name}: {what}; expected an int or {count} ints")
     index = plain(index)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():

@@ -242,14 +242,15 @@ class _Checkpoints:
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
         before = getattr(self.threads, "seen", False)
-        key = forks.entered(functools.partial(self.turn_for, user := object(), False))
+        leave = functools.partial(self.turn_for, user := object(), False)
         try:
+            forks.entered(leave)
             self.turn_for(user, True)
             self.threads.seen = True
             yield
         finally:
             self.threads.seen = before
-            forks.left(key)
+            forks.left(leave)
 
     def turn_for(self, user: object, wants: bool) -> None:
         replaced = torch.utils.checkpoint.CheckpointFunction

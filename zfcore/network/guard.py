@@ -52,8 +52,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     parameters, buffers, gradients, hooks and random state are not.
     """
     held: list[_Hold] = []
-    key = forks.entered(functools.partial(_let_go, held))
+    leave = functools.partial(_let_go, held)
     try:
+        forks.entered(leave)
         with _lock:
             for module in model.modules():
                 hold = _holds.get(id(module))
@@ -65,7 +66,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
                     module.training = False
         yield model
     finally:
-        forks.left(key)
+        forks.left(leave)
 
 
 def _let_go(held: list[_Hold]) -> None:
@@ -339,8 +340,9 @@ def kept(model: nn.Module) -> Iterator[Kept]:
     the model, that is when the last call that holds it ends.
     """
     holding: list[Kept] = []
-    key = forks.entered(functools.partial(_release, id(model), holding))
+    leave = functools.partial(_release, id(model), holding)
     try:
+        forks.entered(leave)
         with _lock:
             kept = _keeps.get(id(model))
             if kept is None:
@@ -349,7 +351,7 @@ def kept(model: nn.Module) -> Iterator[Kept]:
             holding.append(kept)
         yield kept
     finally:
-        forks.left(key)
+        forks.left(leave)
 
 
 def _release(number: int, holding: list[Kept]) -> None:
@@ -382,12 +384,13 @@ class _Products:
     @contextlib.contextmanager
     def of(self, precision: str) -> Iterator[None]:
         user = object()
-        key = forks.entered(functools.partial(self.turn_for, precision, user, False))
+        leave = functools.partial(self.turn_for, precision, user, False)
         try:
+            forks.entered(leave)
             self.turn_for(precision, user, True)
             yield
         finally:
-            forks.left(key)
+            forks.left(leave)
 
     def turn_for(self, precision: str, user: object, wants: bool) -> None:
         with _lock:

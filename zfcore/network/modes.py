@@ -204,8 +204,9 @@ def calls_followed(record: Record) -> Iterator[None]:
     record.entry = "__call__" if compiled else "_call_impl"
     places = (nn.Module, record.entry), (torch.autograd.Function, "apply"), (threading.Thread, "start")
     taken: list[tuple[object, str]] = []
-    key = forks.entered(functools.partial(_put_back, record, taken))
+    leave = functools.partial(_put_back, record, taken)
     try:
+        forks.entered(leave)
         with _lock:
             _records.append(record)
             for place in places:
@@ -218,7 +219,7 @@ def calls_followed(record: Record) -> Iterator[None]:
                 taken.append(place)
         yield
     finally:
-        forks.left(key)
+        forks.left(leave)
 
 
 def _put_back(record: Record, taken: list[tuple[object, str]]) -> None:
