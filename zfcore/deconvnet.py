@@ -140,8 +140,7 @@ def deconv_project(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
     first = 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contained())
+    with contained(), contextlib.ExitStack() as stack:
         job = _Job(
             model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict, stack
         )

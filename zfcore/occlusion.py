@@ -190,8 +190,7 @@ def occlusion_map(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2 and figure 7.
     """
-    with ExitStack() as stack:
-        stack.enter_context(contained())
+    with contained(), ExitStack() as stack:
         # Tensors made under the caller's inference mode could not be written to outside of it, nor count their
         # versions, which shows what a network writes to its input.
         stack.enter_context(torch.inference_mode(False))

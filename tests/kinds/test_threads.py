@@ -63,7 +63,7 @@ def left(model):
 def same(before, after):
     for a, b in zip(before, after, strict=True):
         for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, (x, y)
 
 
 def test_eight_threads_with_calls_of_all_kinds_on_one_model():
@@ -110,7 +110,7 @@ def test_an_interrupt_at_any_time_leaves_the_model_as_it_was(which):
             try:
                 signal.setitimer(signal.ITIMER_REAL, step * 2e-4)
                 call()
-            except Stop:
+            except (Stop, RuntimeError):  # the latter where it came while torch left a mode
                 pass
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
