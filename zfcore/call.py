@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import re
@@ -13,9 +14,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
-from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation
+from zfcore import forks
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedOperation, ZfcoreError
+from zfcore.kinds import Freed, plain, unusual, without_values
+from zfcore.network.guard import recording
 
 _INSIDE = ("_orig_mod", "module")  # what the wrappers call the network that they hold
 
@@ -23,30 +28,74 @@ _INSIDE = ("_orig_mod", "module")  # what the wrappers call the network that the
 # ---- The model ---------------------------------------------------------------------------------------------
 
 
+def check_surroundings() -> None:
+    """Refuses a call from inside of what does not compute with values: it would be left out, or its result be fixed.
+
+    Raises: UnsupportedOperation.
+    """
+    around = ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        around = "a transform of torch.func (vmap, grad, jvp and the like)"
+    elif torch._C._get_tracing_state() is not None:
+        around = "torch.jit.trace"
+    elif type(found := torch.empty(0, device="cpu")) is not Tensor:
+        around = f"a mode that makes every tensor a {type(found).__name__}"
+    if around:
+        raise UnsupportedOperation(f"called inside {around}; expected a call outside of it, on tensors that hold values")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside the wrappers of torch.compile, of data parallelism and of averaged weights.
 
     Raises: DtypeError, for what is no module; ArgumentError, for one that has no shapes yet or needs more than images;
-    DeviceError, for one on the meta device.
+    DeviceError, for one on the meta device; UnsupportedOperation, for one that forward-mode derivatives are taken of.
     """
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model: a {type(model).__name__}; expected a torch.nn.Module")
     while isinstance(inside := _inside(model), nn.Module):
         model = inside
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None and (value.is_meta or isinstance(value, UninitializedTensorMixin)):
-                _refuse_empty(model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharding = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    with torch._C.DisableTorchFunctionSubclass():  # what a tensor's own class says of it may fail
+        for module in model.modules():
+            if isinstance(module, sharding):
+                raise UnsupportedOperation(
+                    f"model: a {type(module).__name__} puts its parameters together and frees them as it runs; expected a "
+                    "model with whole parameters, such as one that its full state dict was loaded into"
+                )
+            for value in (*module._parameters.values(), *module._buffers.values()):
+                if value is None:
+                    continue
+                if value.is_meta or torch._is_functional_tensor(value) or isinstance(value, UninitializedTensorMixin):
+                    _refuse_empty(model)
+    if forward_ad._current_level >= 0:
+        for name, value in _tensors(model):
+            _refuse_tangent(f"model: {name!r}", value)
     _check_arguments(model)
     return model
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
 def _refuse_empty(model: nn.Module) -> None:
-    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+    for name, value in _tensors(model):
         if is_lazy(value):
             raise ArgumentError(f"model: {name!r} has no shape yet; expected a model that has run once")
         if value.is_meta:
             raise DeviceError(f"model: {name!r} is on the meta device, which holds no values; expected one that does")
+        if torch._is_functional_tensor(value):
+            raise DtypeError(f"model: {name!r} is {unusual(value)}; expected a tensor that holds values")
+
+
+def _refuse_tangent(name: str, value: Tensor) -> None:
+    """A tangent would be dropped without a word, and the derivative be zero."""
+    if not unusual(value) and forward_ad.unpack_dual(value).tangent is not None:
+        raise UnsupportedOperation(
+            f"{name} carries a tangent of forward-mode derivatives, which an analysis has none of; expected one that is "
+            "detached"
+        )
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
@@ -102,15 +151,57 @@ def observable(model: nn.Module, name: str) -> nn.Module:
 
 def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
     """Where and in what the model computes: as its first floating-point parameter or buffer is."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    first = next((each for each in tensors if each.is_floating_point()), images)
-    return first.device, first.dtype
+    with torch._C.DisableTorchFunctionSubclass():
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        first = next((each for each in tensors if each.is_floating_point()), images)
+        return first.device, first.dtype
 
 
 def writable(model: nn.Module) -> nn.Module:
     """The model, or a copy of one that was made in inference mode, whose tensors autograd may keep."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model) if any(each.is_inference() for each in tensors) else model
+    with torch._C.DisableTorchFunctionSubclass():
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        made = any(each.is_inference() for each in tensors)
+    return copy.deepcopy(model) if made else model
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Around torch's work with a model: what fails there for a tensor of an unusual kind is said of that tensor.
+
+    Raises: DtypeError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ZfcoreError) and not isinstance(error, Freed):
+            raise
+        what = _unusual_tensor(model, str(error))
+        if what is None:
+            raise
+        words = f"{type(error).__name__}: {error}"
+        raise DtypeError(f"model: {what}, with which torch fails: {words}") from error
+
+
+# What torch's errors about dtypes have in common.
+_DTYPE_WORDS = re.compile(r"type|scalar|implemented|Promotion")
+
+
+def _unusual_tensor(model: nn.Module, words: str) -> str | None:
+    """The tensor of the model's that an error, of these words, is likely to be about."""
+    for name, value in _tensors(model):
+        if what := unusual(value):
+            return f"{name!r} is {what}"
+    if not _DTYPE_WORDS.search(words):
+        return None
+    first, dtype = next(((name, t.dtype) for name, t in _tensors(model) if t.is_floating_point()), (None, None))
+    if first is None or dtype.itemsize == 1:
+        return None if first is None else f"{first!r} is {dtype}"
+    for name, value in _tensors(model):
+        # Counters are whole numbers, and stand alone.
+        if value.dtype != dtype and (isinstance(value, nn.Parameter) or value.dim() or value.is_floating_point()):
+            return f"{name!r} is {value.dtype} and {first!r} {dtype}"
+    return None
 
 
 # ---- Its images --------------------------------------------------------------------------------------------
@@ -120,17 +211,19 @@ def checked_images(images: Tensor) -> Tensor:
     """[N, C, H, W], as they are otherwise."""
     if not isinstance(images, Tensor):
         raise DtypeError(f"images: a {type(images).__name__}; expected a tensor [N, C, H, W] or [C, H, W]")
-    if images.is_meta:
-        raise DeviceError("images: on the meta device, which holds no pixels; expected a device that does")
-    if images.layout is not torch.strided or images.is_quantized or images.is_nested:
-        kind = "nested" if images.is_nested else "quantised" if images.is_quantized else images.layout
-        raise DtypeError(f"images: a {kind} tensor; expected a dense one")
+    if what := without_values(images):
+        meta = what.startswith("on the meta device")
+        error, wanted = (DeviceError, "a device that does") if meta else (DtypeError, "a dense one")
+        raise error(f"images: {what}; expected {wanted}")
+    images = plain(images)
     if not images.is_floating_point():
         raise DtypeError(f"images: {images.dtype}; expected a floating point dtype, scaled as the model was trained")
     if images.dim() not in (3, 4) or 0 in images.shape[-3:]:
         raise ShapeError(
             f"images: shape {tuple(images.shape)}; expected [N, C, H, W] or [C, H, W], C, H, W >= 1"
         )
+    if forward_ad._current_level >= 0:
+        _refuse_tangent("images", images)
     return images if images.dim() == 4 else images[None]
 
 
@@ -139,16 +232,17 @@ _SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|channels?|dimensions?|dim|elements
 
 
 @contextlib.contextmanager
-def fitting(images: Tensor) -> Iterator[None]:
-    """Runs a model's first forward: what torch says of shapes there is said of the images."""
+def fitting(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Runs a model's first forward: what torch says of shapes there is said of the images, as `running` has the rest."""
     try:
-        yield
+        with running(model):
+            yield
     except (RuntimeError, ValueError, AssertionError) as error:
         guarded = isinstance(error, AssertionError) and "Guard failed" in str(error)  # by an exported program
         # What torch says of strides is about a layout that a view does not fit.
         words = "" if "stride" in str(error) else str(error)
-        plain = type(error) in (RuntimeError, ValueError) and _SHAPE_WORDS.search(words)
-        if not (guarded or plain):
+        told = type(error) in (RuntimeError, ValueError) and _SHAPE_WORDS.search(words)
+        if not (guarded or told):
             raise
         raise ShapeError(
             f"images: shape {tuple(images.shape)}, on which the model fails; expected images that fit it: {error}"
@@ -164,28 +258,86 @@ def default_device(images: Tensor) -> contextlib.AbstractContextManager:
 # ---- While the model's code runs ---------------------------------------------------------------------------
 
 
+class _ThreadState:
+    """The modes of torch's that a thread is in, and what its calls have changed."""
+
+    def __init__(self) -> None:
+        self.changes = forks.of_this_thread()
+        self.modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+        self.gradient, self.functions = torch.is_grad_enabled(), torch._C._is_torch_function_enabled()
+        self.autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        self.record = getattr(recording, "record", None)
+
+    def restore(self) -> None:
+        while torch._C._len_torch_dispatch_stack() > self.modes[0]:
+            torch._C._pop_torch_dispatch_stack(None)
+        while torch._C._len_torch_function_stack() > self.modes[1]:
+            torch._C._pop_torch_function_stack()
+        if torch.is_grad_enabled() != self.gradient:
+            torch._C._set_grad_enabled(self.gradient)
+        if self.functions and not torch._C._is_torch_function_enabled():
+            torch._C._EnableTorchFunction().__enter__()
+        for device, enabled in zip(("cpu", "cuda"), self.autocast, strict=True):
+            if torch.is_autocast_enabled(device) != enabled:
+                torch.set_autocast_enabled(device, enabled)
+        recording.record = self.record
+        for leave in reversed(forks.of_this_thread()):
+            if leave not in self.changes:
+                forks.left(leave)
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """All of a call, or of a part of it that ends before the caller goes on: afterwards all is as it was.
+
+    Each change has its own end; but an exception of a signal's handler, as of Ctrl-C, may come in the midst of that. And in
+    a forked process torch works in one thread.
+    """
+    state = _ThreadState()
+    try:
+        with forks.one_thread_if_forked():
+            yield
+    finally:
+        try:
+            state.restore()
+        except BaseException:
+            state.restore()
+            raise
+
+
 class _Eager:
     """Compiled parts of models run as they were written. The switch is the process's: the last user turns it back."""
 
     def __init__(self) -> None:
-        self.lock, self.users, self.undo = threading.Lock(), 0, contextlib.ExitStack()
+        self.users: set[object] = set()
+        self.undo = contextlib.ExitStack()
+        self.renew()
+        forks.renewed(self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         if "torch._dynamo" not in sys.modules:  # so nothing is compiled, and the import takes seconds
             yield
             return
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self.undo.enter_context(torch.compiler.set_stance("force_eager"))
+        leave = functools.partial(self.turn_for, user := object(), False)
         try:
+            forks.entered(leave)
+            self.turn_for(user, True)
             yield
         finally:
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    self.undo.close()
+            forks.left(leave)
+
+    def turn_for(self, user: object, wants: bool) -> None:
+        with self.lock:
+            turned = bool(self.users)
+            (self.users.add if wants else self.users.discard)(user)
+            if self.users and not turned:
+                self.undo.enter_context(torch.compiler.set_stance("force_eager"))
+            elif turned and not self.users:
+                self.undo.close()
 
 
 eagerly = _Eager()

@@ -16,9 +16,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
+from zfcore.call import (
+    check_surroundings,
+    checked_images,
+    contained,
+    default_device,
+    eagerly,
+    layer_inside,
+    placement,
+    running,
+    unwrapped,
+)
 from zfcore.engine.dense import Dense
 from zfcore.engine.job import Job
 from zfcore.engine.patches import Engine
@@ -29,8 +38,10 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
+from zfcore.kinds import plain, without_values
 from zfcore.network import evaluating, exact_arithmetic, read_network, resolve_layer
 from zfcore.ops._filters import held as filters_held
+from zfcore.progress import bar_of
 
 __all__ = ["Projection", "deconv_project", "iter_projections"]
 
@@ -129,7 +140,7 @@ def deconv_project(
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 2.1.
     """
     first = 0
-    with contextlib.ExitStack() as stack:
+    with contained(), contextlib.ExitStack() as stack:
         job = _Job(
             model, images, layer, units, positions, rule, seed, overlap, crop, batch_size, strict, stack
         )
@@ -137,7 +148,7 @@ def deconv_project(
             name: value.new_empty((job.count, *value.shape[1:])) for name, value in job.nothing().items()
         }
         stack.enter_context(filters_held())
-        bar = stack.enter_context(tqdm(total=job.count, disable=not progress, unit="projection"))
+        bar = stack.enter_context(bar_of(progress, total=job.count, unit="projection"))
         for part in job.run(parts["pixels"]):
             for name, value in part.items():
                 if name != "pixels":  # which are there already
@@ -177,10 +188,11 @@ def iter_projections(
         raise ArgumentError(
             f"{', '.join(sorted(unknown))}: expected options among {', '.join(defaults)}, progress"
         )
-    job = _Job(model, images, layer, units, **{**defaults, **options})
+    with contained():
+        job = _Job(model, images, layer, units, **{**defaults, **options})
 
     def batches():
-        with tqdm(total=job.count, disable=not progress, unit="projection") as bar:
+        with bar_of(progress, total=job.count, unit="projection") as bar:
             for part in job.run():
                 yield Projection(**part, layer=job.layer, path=job.path, reason=job.reason)
                 bar.update(len(part["pixels"]))
@@ -216,6 +228,7 @@ class _Job(Job):
         stay: contextlib.ExitStack | None = None,
     ):
         """stay: keeps the job `working` from here on; without one it is while the network is read."""
+        check_surroundings()
         inside = unwrapped(model)
         layer = layer_inside(layer, model, inside)
         self.model = model = inside
@@ -265,6 +278,8 @@ class _Job(Job):
         if units is None:
             return torch.arange(count, device="cpu")
         given = units
+        if isinstance(units, Tensor) and (what := without_values(units)):
+            raise DtypeError(f"units: {what}; expected an int, a sequence of ints, or None for all")
         if hasattr(units, "tolist"):  # a tensor, or numpy's array or number
             units = units.tolist()
         if not isinstance(units, Sequence):
@@ -291,12 +306,14 @@ class _Job(Job):
             return _choice("positions", positions, ("max", "all"))
         if not isinstance(positions, Tensor) or positions.dtype not in _INT_DTYPES:
             raise DtypeError(f"positions={positions!r}: expected 'max', 'all' or an int tensor [N, U, 2]")
+        if what := without_values(positions):
+            raise DtypeError(f"positions: {what}; expected 'max', 'all' or an int tensor [N, U, 2] of values")
         expected = (len(self.images), len(self.units), 2)
         if tuple(positions.shape) != expected:
             raise ShapeError(
                 f"positions of shape {tuple(positions.shape)}: expected [N, U, 2] = {list(expected)}"
             )
-        positions = positions.detach().cpu().long()
+        positions = plain(positions).detach().cpu().long()
         size = torch.tensor(self.map_size, device="cpu")
         outside = ((positions < 0) | (positions >= size)).any(-1)
         if outside.any():
@@ -311,6 +328,7 @@ class _Job(Job):
     def working(self):
         """The model in eval mode, and the arithmetic its own, whatever modes surround the call."""
         with (
+            contained(),
             torch.inference_mode(False),
             default_device(self.images),
             eagerly(),
@@ -331,7 +349,7 @@ class _Job(Job):
             own = None if pixels is None else pixels[begin * len(self.units) : end * len(self.units)]
             parts = self.runner.run(begin, end, own)
             while True:
-                with working():
+                with working(), running(self.model):
                     part = next(parts, None)
                 if part is None:
                     break

@@ -15,17 +15,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from zfcore.call import checked_images, default_device, eagerly, layer_inside, placement, unwrapped
+from zfcore.call import (
+    check_surroundings,
+    checked_images,
+    contained,
+    default_device,
+    eagerly,
+    layer_inside,
+    placement,
+    running,
+    unwrapped,
+)
 from zfcore.engine.adaptive import Everything, WhereItMoves
 from zfcore.engine.forwards import Forwards
 from zfcore.engine.grid import Grid
 from zfcore.engine.measuring import Answers, FeatureTotals, Measured, Parts, last_operation
 from zfcore.engine.sweep import Sweep, sweeps
 from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnsupportedOperation
+from zfcore.kinds import plain, without_values
 from zfcore.network import arithmetic, evaluating, exact_arithmetic, kept, observing, read_network
 from zfcore.ops.conv_delta import PRECISIONS, pays
+from zfcore.progress import Bar, bar_of
 
 __all__ = ["Occlusion", "occlusion_map"]
 
@@ -84,7 +95,8 @@ class Occlusion:
 
         Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2.
         """
-        return self._spread(self.clean[:, None, None] - self.scores)
+        with contained():
+            return self._spread(self.clean[:, None, None] - self.scores)
 
     def activation_heatmap(self) -> Tensor:
         """The mean drop of the feature map's total activation, as `heatmap` has it for the score.
@@ -93,7 +105,8 @@ class Occlusion:
         """
         if self.activation is None:
             raise ArgumentError("activation_heatmap: no feature was measured; pass feature=(layer, unit)")
-        return self._spread(self.clean_activation[:, None, None] - self.activation)
+        with contained():
+            return self._spread(self.clean_activation[:, None, None] - self.activation)
 
     def _spread(self, drop: Tensor) -> Tensor:
         """[N, Gy, Gx] one value a box -> [N, H, W] its mean over the boxes that cover a pixel."""
@@ -177,49 +190,50 @@ def occlusion_map(
 
     Paper: Zeiler & Fergus, arXiv:1311.2901, section 4.2 and figure 7.
     """
-    whole, model = model, unwrapped(model)
-    images = checked_images(images)
-    device, dtype = placement(model, images)
-    images = images.to(device, dtype).detach()
-    if not (callable(score) or score in SCORES):
-        raise ArgumentError(f"score: {score!r}; expected one of {SCORES} or a callable")
-    if precision not in PRECISIONS:
-        raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
-    if precision != "exact" and images.dtype == torch.float64:
-        raise ArgumentError(f"precision: {precision!r} with float64 parameters; expected float32 or narrower ones")
-    if mode not in MODES:
-        raise ArgumentError(f"mode: {mode!r}; expected one of {MODES}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
-        raise DtypeError(f"tolerance: {tolerance!r}; expected a number")
-    if not 0 <= tolerance <= 1:
-        raise ArgumentError(f"tolerance: {tolerance}; expected a share between 0 and 1")
-    if batch_size is not None:
-        batch_size = min(_whole("batch_size", batch_size), LARGEST)
-    box, stride = _pair("box", box), _pair("stride", stride)
-    grid = Grid.over(images.shape[-2:], box, stride)
-    fill = _as_picture(fill, images)
-    answers = Answers(score, targets, images, lambda: last_operation(model, images[:1]))
-    if isinstance(feature, tuple | list) and len(feature) == 2:
-        feature = (layer_inside(feature[0], whole, model), feature[1])
-    totals = None if feature is None else FeatureTotals(model, feature, images)
-
-    count = len(images)
-    measured = Measured(count, len(grid))
-    chosen = Everything(grid)
-    if mode == "adaptive":
-        half = tuple(max(1, round(b / 2 / s)) for b, s in zip(box, stride, strict=True))
-        chosen = WhereItMoves(grid, half, tolerance, count, device)
-    with ExitStack() as stack:
-        # Tensors made under the caller's inference mode would not count their versions, which shows what a
-        # network writes to its input.
+    with contained(), ExitStack() as stack:
+        # Tensors made under the caller's inference mode could not be written to outside of it, nor count their
+        # versions, which shows what a network writes to its input.
         stack.enter_context(torch.inference_mode(False))
+        check_surroundings()
+        whole, model = model, unwrapped(model)
+        images = checked_images(images)
+        device, dtype = placement(model, images)
+        images = images.to(device, dtype).detach()
+        if not (callable(score) or score in SCORES):
+            raise ArgumentError(f"score: {score!r}; expected one of {SCORES} or a callable")
+        if precision not in PRECISIONS:
+            raise ArgumentError(f"precision: {precision!r}; expected one of {PRECISIONS}")
+        if precision != "exact" and images.dtype == torch.float64:
+            raise ArgumentError(f"precision: {precision!r} with float64 parameters; expected float32 or narrower ones")
+        if mode not in MODES:
+            raise ArgumentError(f"mode: {mode!r}; expected one of {MODES}")
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+            raise DtypeError(f"tolerance: {tolerance!r}; expected a number")
+        if not 0 <= tolerance <= 1:
+            raise ArgumentError(f"tolerance: {tolerance}; expected a share between 0 and 1")
+        if batch_size is not None:
+            batch_size = min(_whole("batch_size", batch_size), LARGEST)
+        box, stride = _pair("box", box), _pair("stride", stride)
+        grid = Grid.over(images.shape[-2:], box, stride)
+        fill = _as_picture(fill, images)
+        answers = Answers(score, targets, images, lambda: last_operation(model, images[:1]))
+        if isinstance(feature, tuple | list) and len(feature) == 2:
+            feature = (layer_inside(feature[0], whole, model), feature[1])
+        totals = None if feature is None else FeatureTotals(model, feature, images)
+
+        count = len(images)
+        measured = Measured(count, len(grid))
+        chosen = Everything(grid)
+        if mode == "adaptive":
+            half = tuple(max(1, round(b / 2 / s)) for b, s in zip(box, stride, strict=True))
+            chosen = WhereItMoves(grid, half, tolerance, count, device)
         stack.enter_context(torch.no_grad())
         stack.enter_context(default_device(images))
         stack.enter_context(eagerly())
         stack.enter_context(evaluating(model))
         known = mode == "exact"  # the bar counts on all positions from the start
         total = count * len(grid) if known else 0
-        bar = stack.enter_context(tqdm(total=total, unit="box", desc="occlusion", disable=not progress))
+        bar = stack.enter_context(bar_of(progress, total=total, unit="box", desc="occlusion"))
         sweep, reason = _sweep(model, images, grid, totals, batch_size, strict, precision)
         # What is left for forwards: images, and positions of others.
         left, again = torch.arange(count, device=device), torch.empty(0, dtype=torch.int64, device=device)
@@ -239,29 +253,29 @@ def occlusion_map(
             _measure(forwards, chosen, measured, bar, known)
             _put(forwards, again, measured, bar, known)
 
-    scores, labels, activation = measured.occluded
-    clean_scores, clean_labels, clean_activation = measured.clean
-    shape = (count, grid.rows, grid.columns)
-    return Occlusion(
-        scores=scores.view(shape),
-        labels=None if labels is None else labels.view(shape),
-        activation=None if activation is None else activation.view(shape),
-        clean=clean_scores,
-        boxes=grid.boxes().to(device),
-        clean_labels=clean_labels,
-        targets=answers.targets,
-        clean_activation=clean_activation,
-        units=None if totals is None else totals.units,
-        image_size=grid.size,
-        measured=chosen.measured,
-        error=chosen.error,
-        path="engine" if sweep is not None else "forwards",
-        reason=reason,
-    )
+        scores, labels, activation = measured.occluded
+        clean_scores, clean_labels, clean_activation = measured.clean
+        shape = (count, grid.rows, grid.columns)
+        return Occlusion(
+            scores=scores.view(shape),
+            labels=None if labels is None else labels.view(shape),
+            activation=None if activation is None else activation.view(shape),
+            clean=clean_scores,
+            boxes=grid.boxes().to(device),
+            clean_labels=clean_labels,
+            targets=answers.targets,
+            clean_activation=clean_activation,
+            units=None if totals is None else totals.units,
+            image_size=grid.size,
+            measured=chosen.measured,
+            error=chosen.error,
+            path="engine" if sweep is not None else "forwards",
+            reason=reason,
+        )
 
 
 def _measure(
-    runner: "_Changes | Forwards", chosen: Everything | WhereItMoves, measured: Measured, bar: tqdm, known: bool
+    runner: "_Changes | Forwards", chosen: Everything | WhereItMoves, measured: Measured, bar: Bar, known: bool
 ) -> None:
     """The runner's images and positions into `measured`, those that were chosen.
 
@@ -276,7 +290,7 @@ def _measure(
             _put(runner, index, measured, bar, known)
 
 
-def _put(runner: "_Changes | Forwards", index: Tensor, measured: Measured, bar: tqdm, known: bool) -> None:
+def _put(runner: "_Changes | Forwards", index: Tensor, measured: Measured, bar: Bar, known: bool) -> None:
     """The runner's positions [k], image * Gy * Gx + position, into `measured`."""
     bar.total += 0 if known else len(index)
     for own, parts in runner.measure(index):
@@ -335,7 +349,6 @@ def _check_that_it_runs(model: nn.Module, images: Tensor, error: ShapeError) -> 
 # left of it loses as many digits.
 LARGER = 8
 
-
 class _Changes:
     """Measures positions with the engine, as `Forwards` does with forwards."""
 
@@ -350,7 +363,8 @@ class _Changes:
     ):
         self.sweep, self.images, self.fill, self.positions = sweep, images, fill, positions
         self.answers, self.totals = answers, totals
-        # What an infinity differs by from another is no number: images with any are left for forwards. How often one was
+        # What an infinity differs by from another is no number, and what values that are rounded by more than one differ by
+        # says nothing of functions that saturate: images with any are left for forwards. How often one was
         # seen, by image, and of the positions measured which have differences too coarse for them: looked at when all is
         # done, so that nothing waits for a GPU until then.
         self.infinite = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -370,9 +384,12 @@ class _Changes:
 
     def clean(self, group: Tensor) -> Iterator[tuple[Tensor, Parts]]:
         self.group, sweep = group, self.sweep
-        self.maps = sweep.up(self.images[group])
-        for each in (self.images[group], *self.maps.values()):
-            self.infinite[group] += ~each.flatten(1).isfinite().all(1)
+        with running(sweep.network.model):
+            self.maps, largest = sweep.up(self.images[group])
+        # A fill that is larger than the picture brings changes as much larger; an infinite one is seen in what it changes.
+        times = torch.linalg.vector_norm(self.fill[group], math.inf, (1, 2, 3)) / largest[0].clamp(min=1)
+        reached = largest.amax(0) * torch.where(times < math.inf, times.clamp(min=1), 1)
+        self.infinite[group] += ~(reached <= 1 / torch.finfo(reached.dtype).eps)
         output = self.maps[sweep.output].reshape(len(group), *sweep.output.shape)
         self.largest = output.flatten(1).abs().amax(1)
         returned = sweep.network.returned(output.clone(memory_format=torch.contiguous_format))
@@ -419,6 +436,9 @@ def _as_picture(fill: object, images: Tensor) -> Tensor:
             value = torch.as_tensor(fill, dtype=torch.float64, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"fill: {fill!r}; expected a number or a tensor") from error
+    if what := without_values(value):
+        raise DtypeError(f"fill: {what}; expected a number or a dense tensor")
+    value = plain(value)
     if value.dtype == torch.bool or value.is_complex():
         raise DtypeError(f"fill: {value.dtype}; expected numbers")
     channels = images.shape[1]

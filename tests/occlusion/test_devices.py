@@ -74,7 +74,7 @@ def test_all_of_the_engine_is_on_one_device(shapes_only, layer, changes):
     with OneDevice(), torch.no_grad():
         y, x = (((0, 8), (8, 16), (32, 40)), ((0, 8), (30, 38)))
         sweep = engine.Sweep(network, feature, y, x, torch.float32, 4, images.device, changes=changes)
-        maps = sweep.up(images)
+        maps, _ = sweep.up(images)
         seen = 0
         every = torch.arange(12, device="meta")
         waits = contextlib.ExitStack()

@@ -1,5 +1,6 @@
 """The incremental engine of occlusion_map against plain forwards: networks, boxes, features, and what is not finite."""
 
+import copy
 import math
 import threading
 import warnings
@@ -277,6 +278,30 @@ def test_fills_that_are_not_finite(name, value, engine):
     torch.testing.assert_close(
         o.scores, by_forwards(model, images, 9, 6, fill)[..., 3], rtol=1e-5, atol=1e-5, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e20])
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Sigmoid(), nn.ReLU6(), nn.Tanh()], ids=lambda module: type(module).__name__)
+def test_weights_so_large_that_sums_overflow_or_lose_their_digits(last, scale, engine):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3), last,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7),
+    ).eval()  # fmt: skip
+    for parameters in ([4], [0, 4, 8]):
+        scaled = copy.deepcopy(model)
+        for index in parameters:
+            scaled[index].weight.data *= scale
+        for images, fill in ((pictures(2), 0.0), (pictures(2) * 1e-3, 0.0), (pictures(2), 1e3), (pictures(2) / scale, 1.0)):
+            found = occlusion_map(scaled, images[:1], 3, box=9, stride=6, score="logit", fill=fill, batch_size=1)
+            wanted = torch.stack([
+                scaled(picture[None])[0, 3]
+                for picture in painted(images[:1], 9, 6, fill).flatten(0, 2)
+            ]).detach()  # one at a time: torch's own sums overflow or not by the number of images
+            largest = float(wanted[wanted.isfinite()].abs().max()) if wanted.isfinite().any() else 1.0
+            torch.testing.assert_close(
+                found.scores.flatten(), wanted, rtol=1e-4, atol=1e-4 * max(largest, 1e-30), equal_nan=True
+            )
 
 
 def test_an_infinity_that_a_rectifier_takes_away_costs_no_forwards(engine):
@@ -572,9 +597,10 @@ def test_half_precision_is_run_by_forwards(runs):
 
 class Bar:
     made = []
+    disable = False
 
-    def __init__(self, total, disable, **options):
-        self.total, self.disable, self.steps = total, disable, []
+    def __init__(self, total, **options):
+        self.total, self.steps = total, []
         Bar.made.append(self)
 
     def update(self, count):
@@ -589,13 +615,13 @@ class Bar:
 
 @pytest.mark.parametrize("bad", [(), (1,), (0, 1, 2)])
 def test_progress_counts_positions(bad, engine, monkeypatch):
-    monkeypatch.setattr("zfcore.occlusion.tqdm", Bar)
+    monkeypatch.setattr("zfcore.progress.Drawn", Bar)
     Bar.made.clear()
     model, images = build("branches"), pictures(3)
     images[list(bad), 0, 0, 0] = math.nan
     o = occlusion_map(model, images, box=7, stride=5, batch_size=8, progress=True)
     (bar,) = Bar.made
-    assert bar.total == o.scores.numel() == sum(bar.steps) and not bar.disable
+    assert bar.total == o.scores.numel() == sum(bar.steps)
     assert len(bar.steps) > o.scores.numel() // 8 and sum(bar.steps[:3]) == 24
 
 

@@ -9,11 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from zfcore.call import fitting, observable, writable
+from zfcore.call import fitting, observable, running, writable
 from zfcore.engine.job import Job, scratch_bytes
 from zfcore.engine.numbers import numbers
 from zfcore.engine.rules import Hidden, as_nodes, flush_torchscript, put_rules
 from zfcore.errors import LayerNotFound, ShapeError, UnsupportedOperation
+from zfcore.kinds import check_memory, plain, unusual
 from zfcore.network import Kept, fixed_batch, kept, observing
 
 Result = TypeVar("Result")
@@ -34,7 +35,7 @@ class Dense:
         self.module = observable(self.model, name)
         self.rows = fixed_batch(self.model)
         images = job.images[:1] if len(job.images) else job.images.new_zeros((1, *job.images.shape[1:]))
-        with fitting(images):
+        with fitting(self.model, images):
             output = self.trying(lambda: self.first(images))
         self.layer_shape, self.layer_dtype = tuple(output.shape[1:]), output.dtype
         self.picture_shape = tuple(job.images.shape[1:])
@@ -52,12 +53,13 @@ class Dense:
 
     def trying(self, work: Callable[[], Result]) -> Result:
         """What some work on the model gives, as often as a failure says how the model has to be run."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, Hidden) as error:
-                if not self.runs_otherwise(error):
-                    raise
+        with running(self.model):
+            while True:
+                try:
+                    return work()
+                except (RuntimeError, Hidden) as error:
+                    if not self.runs_otherwise(error):
+                        raise
 
     def runs_otherwise(self, error: Exception) -> bool:
         """Whether the model is to be run otherwise after this error, and was not yet."""
@@ -76,24 +78,24 @@ class Dense:
         return True
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Kept]:
+    def working(self) -> Iterator[Kept]:
         """Around the model's own code, which a backward may run again; the model is left as it was."""
         with kept(self.model) as held:
             yield held
 
     def first(self, images: Tensor) -> Tensor:
-        with self.running() as held:
+        with self.working() as held:
             return self.up(images, held)[1].detach()
 
     def up(self, images: Tensor, held: Kept) -> tuple[Tensor, Tensor]:
         """The images as a leaf of autograd's graph, and the layer's output, with the rules on what leads there."""
-        job, outputs, plain = self.job, [], []
+        job, outputs, spared = self.job, [], []
 
         def keep(output):
             # A copy: an in-place operation after the layer must not change what was kept.
-            outputs.append(output.clone() if isinstance(output, Tensor) else output)
+            outputs.append(plain(output.clone()) if isinstance(output, Tensor) and not unusual(output) else output)
 
-        with torch.enable_grad(), as_nodes(self.apart, plain):
+        with torch.enable_grad(), as_nodes(self.apart, spared):
             leaf = images.detach().clone().requires_grad_()
             given = leaf.clone()  # a copy: the model may work on its input in place
             if self.rows is not None:
@@ -106,12 +108,14 @@ class Dense:
             if self.call is not None and self.call >= len(outputs):
                 raise LayerNotFound(f"layer={name!r}: the model calls it {len(outputs)} times, from @0")
             output = outputs[-1 if self.call is None else self.call]
+            if isinstance(output, Tensor) and (what := unusual(output)):
+                raise UnsupportedOperation(f"layer={name!r} returns {what}; expected a layer that returns a plain tensor")
             if not isinstance(output, Tensor) or output.dim() not in (2, 4):
                 what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ShapeError(f"layer={name!r} returns {what}: expected a tensor [N, C, H, W] or [N, F]")
             if self.rows is not None:
                 output = output[: len(images)]
-            reached = put_rules(output, leaf, job.rule, job.overlap, plain)
+            reached = put_rules(output, leaf, job.rule, job.overlap, spared)
         if not reached:
             raise UnsupportedOperation(
                 f"layer={name!r}: its output is cut off from the images; expected a model without no_grad() "
@@ -135,7 +139,7 @@ class Dense:
             yield part
 
     def work(self, begin: int, end: int, units: range) -> dict[str, Tensor]:
-        with self.running() as held:
+        with self.working() as held:
             return self.part(begin, end, units, held)
 
     def part(self, begin: int, end: int, units: range, held: Kept) -> dict[str, Tensor]:
@@ -153,6 +157,7 @@ class Dense:
         n, u = reported.shape
         pixels = leaf.new_empty((n, u, *leaf.shape[1:]))
         rows = torch.arange(n, device=job.device)
+        check_memory("the gradient", list(self.model.parameters()))  # which hooks may have freed since the forward
         for i, unit in enumerate(ids.tolist()):
             seed = torch.zeros_like(maps)
             if job.positions == "all":
@@ -164,6 +169,8 @@ class Dense:
                 (g,) = torch.autograd.grad(
                     output, leaf, seed.reshape(output.shape), retain_graph=i + 1 < u, allow_unused=True
                 )
+            if g is not None and (what := unusual(g)):
+                raise UnsupportedOperation(f"layer={job.layer!r}: its gradient is {what}; expected a plain tensor")
             pixels[:, i] = 0 if g is None else g
         height, width = leaf.shape[-2:]
         return {

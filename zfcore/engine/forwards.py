@@ -63,7 +63,7 @@ class Forwards:
             rows, owners = rows[index], owners[index]
         if self.totals is not None:
             self.totals.expect(owners, clean)
-        with fitting(rows):
+        with fitting(self.model, rows):
             output = self.model(rows)
         scores, labels = self.answers.read(output, owners, clean)
         parts = [scores, labels, None if self.totals is None else self.totals.take()]

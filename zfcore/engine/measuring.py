@@ -18,6 +18,7 @@ from zfcore.errors import (
     UnitNotFound,
     UnsupportedOperation,
 )
+from zfcore.kinds import plain, unusual, without_values
 from zfcore.network import Network, Stage, fixed_batch, kept, resolve_layer
 
 # By the names of autograd's nodes: operations whose results lie in 0..1; those that they may be spelled out with; and
@@ -89,7 +90,9 @@ class Answers:
 
     def read(self, output: object, owners: Tensor, clean: bool) -> tuple[Tensor, Tensor | None]:
         rows = len(owners)
-        table = isinstance(output, Tensor) and output.dim() == 2 and len(output) == rows
+        what = unusual(output) if isinstance(output, Tensor) else ""
+        output = plain(output) if isinstance(output, Tensor) and not what else output
+        table = isinstance(output, Tensor) and not what and output.dim() == 2 and len(output) == rows
         if callable(self.score):
             scores = self._called(output, rows)
             if not (table and output.is_floating_point()):
@@ -100,7 +103,7 @@ class Answers:
         if not table or not output.is_floating_point():
             raise ArgumentError(
                 f"score: {self.score!r} reads a floating point output (images, classes); the network "
-                f"returned {described(output)} for {rows} images; pass a callable that turns it into "
+                f"returned {what or described(output)} for {rows} images; pass a callable that turns it into "
                 f"({rows},) scores"
             )
         logits = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -162,11 +165,13 @@ class Answers:
 
     def _called(self, output: object, rows: int) -> Tensor:
         scores = self.score(output)
-        if not isinstance(scores, Tensor) or scores.shape != (rows,):
-            raise ShapeError(
-                f"score: the callable returned {described(scores)} for {rows} images; "
+        what = unusual(scores) if isinstance(scores, Tensor) else ""
+        if what or not isinstance(scores, Tensor) or scores.shape != (rows,):
+            raise (DtypeError if what else ShapeError)(
+                f"score: the callable returned {what or described(scores)} for {rows} images; "
                 f"expected a tensor ({rows},)"
             )
+        scores = plain(scores)
         # A copy: a view would keep the whole output alive, or show the next batch's.
         return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
 
@@ -221,11 +226,13 @@ class FeatureTotals:
         if self.call is not None and call != self.call:
             return
         rows = len(self.owners)
-        if not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == rows):
-            raise ShapeError(
-                f"feature: layer {self.layer} returned {described(output)} for {rows} images; "
+        what = unusual(output) if isinstance(output, Tensor) else ""
+        if what or not (isinstance(output, Tensor) and output.dim() >= 2 and len(output) == rows):
+            raise (DtypeError if what else ShapeError)(
+                f"feature: layer {self.layer} returned {what or described(output)} for {rows} images; "
                 "expected a tensor (images, units, ...)"
             )
+        output = plain(output)
         if self.clean and rows:
             self.check(output.shape[1])
         # Summed here and now: what follows in the forward may write over the map in place.
@@ -263,6 +270,9 @@ def indices(name: str, value: object, images: Tensor) -> Tensor:
         index = value if isinstance(value, Tensor) else torch.as_tensor(value, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints") from error
+    if what := without_values(index):
+        raise DtypeError(f"{name}: {what}; expected an int or {count} ints")
+    index = plain(index)
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise DtypeError(f"{name}: {value!r}; expected an int or {count} ints")
     if index.dim() > 1 or (index.dim() == 1 and len(index) != count):

@@ -7,6 +7,7 @@ language, an operation was called.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zfcore import forks
 from zfcore.engine.job import times
 from zfcore.errors import ArgumentError, UnsupportedOperation
 from zfcore.network import Rectifier
@@ -47,6 +49,8 @@ def put_rules(output: Tensor, leaf: Tensor, rule: str, overlap: str, plain: list
         name = node.name()
         if "DifferentiableGraph" in name:
             raise Hidden("TorchScript hides operations; expected a model of Python functions and modules")
+        if "NotImplemented" in name:  # torch warns, and goes down no further
+            raise UnsupportedOperation("an operation of the model has no gradient; expected one whose operations have")
         if "CompiledFunction" in name:
             raise UnsupportedOperation("a compiled part of the model hides its operations; expected one that is not")
         rectifier = None if node in plain else _rectifier(name, node)
@@ -227,14 +231,32 @@ class _Checkpoints:
     """Checkpoints that rerun a function inside the backward, unseen, run it once, in threads that say so."""
 
     def __init__(self) -> None:
-        self.lock, self.users, self.threads = threading.Lock(), 0, threading.local()
+        self.users: set[object] = set()
+        self.threads = threading.local()
+        self.renew()
+        forks.renewed(self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
 
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
+        before = getattr(self.threads, "seen", False)
+        leave = functools.partial(self.turn_for, user := object(), False)
+        try:
+            forks.entered(leave)
+            self.turn_for(user, True)
+            self.threads.seen = True
+            yield
+        finally:
+            self.threads.seen = before
+            forks.left(leave)
+
+    def turn_for(self, user: object, wants: bool) -> None:
         replaced = torch.utils.checkpoint.CheckpointFunction
         with self.lock:
-            self.users += 1
-            if self.users == 1:
+            (self.users.add if wants else self.users.discard)(user)
+            if self.users and "apply" not in replaced.__dict__:
                 original = replaced.apply
 
                 def apply(function, preserve, *args):
@@ -243,16 +265,8 @@ class _Checkpoints:
                     return original(function, preserve, *args)
 
                 replaced.apply = apply
-        before = getattr(self.threads, "seen", False)
-        self.threads.seen = True
-        try:
-            yield
-        finally:
-            self.threads.seen = before
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    del replaced.apply  # the class's own; its parent's is what it was
+            elif not self.users and "apply" in replaced.__dict__:
+                del replaced.apply  # the class's own; its parent's is what it was
 
 
 _checkpoints = _Checkpoints()

@@ -45,6 +45,7 @@ BATCHES = {"cpu": (160 * 2**20, 1024), "cuda": (2**30, 4096)}
 ALIGNED = 4  # values: changes begin at multiples of 16 bytes, which move at once
 CHANGES = 256  # how many it is counted with
 SURELY = 0.95  # of what changes alone are counted to cost: for no less do values travel
+MOVING = frozenset(("identity", "relu", "max_pool", "channels", "cat", "pad"))  # they give no value that is larger
 TILE = (4, 6)  # positions that stand together in a batch, rows then columns: near ones change the same channels
 
 
@@ -411,11 +412,17 @@ class Sweep:
         for begin in range(0, count, step):
             yield begin, min(begin + step, count)
 
-    def up(self, images: Tensor) -> dict[Stage, Tensor]:
-        """The clean maps that the steps read, the output and the feature's, channels last; what is no map as maps of one pixel."""
+    def up(self, images: Tensor) -> tuple[dict[Stage, Tensor], Tensor]:
+        """The clean maps that the steps read, the output and the feature's, channels last; what is no map as maps of one pixel.
+
+        And the largest magnitudes of each image in its maps [maps, n], the picture first; NaN where there is one.
+        """
         kept: dict[Stage, Tensor] = {}
+        largest = []
 
         def keep(stage: Stage, value: Tensor) -> Tensor:
+            if stage.kind not in MOVING:
+                largest.append(torch.linalg.vector_norm(value, math.inf, dim=tuple(range(1, value.dim()))))
             if stage in self.kept:
                 shaped = value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
                 kept[stage] = shaped.contiguous(memory_format=torch.channels_last)
@@ -423,7 +430,7 @@ class Sweep:
 
         keep(self.picture, images)
         self.network.forward(images, lambda stage, inputs: keep(stage, stage.run(*inputs)))
-        return kept
+        return kept, torch.stack(largest)
 
     def run(
         self, images: Tensor, fill: Tensor, maps: dict[Stage, Tensor], index: Tensor

@@ -39,6 +39,11 @@ def _parameter(value: object) -> Tensor | None:
     return value
 
 
+def _check_length(name: str, vector: Tensor | None, *lengths: int) -> None:
+    if vector is not None and vector.dim() == 1 and len(vector) not in lengths:
+        raise ShapeError(f"its {name} has {len(vector)} values; expected {lengths[0]}")
+
+
 _COMPUTED = (Stage, Picked, Loose, Unread)
 
 
@@ -86,6 +91,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
         raise ShapeError(
             f"images: they give this layer {x.shape[0]} channels; it takes {weight.shape[1] * groups}"
         )
+    _check_length("bias", bias, len(weight))
     window = Window(kernel, stride, before, dilation)
     wide = [n + a - b for n, a, b in zip(x.shape[1:], after, before, strict=True)]
     size = tuple(_sliding(n, window, axis) for axis, n in enumerate(wide))
@@ -123,6 +129,7 @@ def linear(input, weight, bias=None) -> Stage:
         raise Unknown
     if x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"images: they give this layer {x.shape[-1]} features; it takes {weight.shape[1]}")
+    _check_length("bias", bias, len(weight), 1)
     shape = (*x.shape[:-1], len(weight))
     return whole([x], lambda x: F.linear(x, weight, bias), shape, matrix=lambda: weight, bias=lambda: bias)
 
@@ -366,6 +373,8 @@ def batch_norm(
     mean, var, weight, bias = map(_parameter, (running_mean, running_var, weight, bias))
     if len(mean) != x.shape[0]:
         raise ShapeError(f"images: they give this layer {x.shape[0]} channels; it takes {len(mean)}")
+    for name, vector in (("variance", var), ("weight", weight), ("bias", bias)):
+        _check_length(name, vector, len(mean))
 
     def run(x):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zfcore import forks
+from zfcore.kinds import check_memory, unusual
+
 _lock = threading.RLock()  # a finaliser that the collector runs inside may need it too
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+forks.renewed(_renew_lock)
+
 _holds: dict[int, _Hold] = {}  # by the id of the module, which lives as long as it is held
 
 
@@ -39,26 +51,35 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     training flags are touched, and not by ``eval()``, which a model may override with more than that:
     parameters, buffers, gradients, hooks and random state are not.
     """
-    modules = list(model.modules())
-    with _lock:
-        for module in modules:
-            hold = _holds.get(id(module))
-            if hold is None:
-                hold = _holds[id(module)] = _Hold(module)
-            hold.count += 1
-            if module.training:
-                module.training = False
+    held: list[_Hold] = []
+    leave = functools.partial(_let_go, held)
     try:
+        forks.entered(leave)
+        with _lock:
+            for module in model.modules():
+                hold = _holds.get(id(module))
+                if hold is None:
+                    hold = _holds[id(module)] = _Hold(module)
+                hold.count += 1
+                held.append(hold)
+                if module.training:
+                    module.training = False
         yield model
     finally:
-        with _lock:
-            for module in modules:
-                hold = _holds[id(module)]
-                hold.count -= 1
-                if hold.count == 0:
-                    if module.training != hold.training:
-                        module.training = hold.training
-                    del _holds[id(module)]
+        forks.left(leave)
+
+
+def _let_go(held: list[_Hold]) -> None:
+    with _lock:
+        while held:  # each step of which can be done twice
+            hold = held[-1]
+            count = hold.count - 1
+            if not count:
+                if hold.module.training != hold.training:
+                    hold.module.training = hold.training
+                _holds.pop(id(hold.module), None)
+            hold.count = count
+            held.pop()
 
 
 recording = threading.local()  # `record`: what this thread's forward of a model is recorded by, if it is
@@ -163,7 +184,7 @@ class Kept:
         self.hooks: list[tuple[dict, dict]] = []  # likewise, forward hooks but for observers, which come and go
         self.tensors: list[tuple[Tensor, bool]] = []  # each, and its requires_grad
         self.grads: list[tuple[Tensor, Tensor | None]] = []  # of parameters
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: its bytes, and a copy of them
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # by storage, or tensor: its bytes or itself, and a copy
         self.storages: set[int] | None = None  # of the tensors; found when the first one is written
         self.seen: set[int] = set()
         self.generators: dict[int, Callable[[], None]] = {}  # what puts each back
@@ -241,15 +262,22 @@ class Kept:
 
     def save(self, tensor: Tensor) -> None:
         """Called before a tensor is written to."""
-        if not _has_storage(tensor):
+        if unusual(tensor):
+            self.save_whole(tensor)
             return
         if self.storages is None:
-            self.storages = {t.untyped_storage()._cdata for t, _ in self.tensors if _has_storage(t)}
+            self.storages = {t.untyped_storage()._cdata for t, _ in self.tensors if not unusual(t)}
         storage = tensor.untyped_storage()
         with _lock:  # another thread's copy, taken after this one's write, would be of what was written
             if storage._cdata in self.storages and storage._cdata not in self.written:
                 whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 self.written[storage._cdata] = whole, whole.clone()
+
+    def save_whole(self, tensor: Tensor) -> None:
+        """One of a kind that has no bytes in memory that could be copied."""
+        with _lock:
+            if id(tensor) not in self.written and any(tensor is t for t, _ in self.tensors) and not tensor.is_meta:
+                self.written[id(tensor)] = tensor, tensor.clone()
 
     def restore(self) -> None:
         for container, before in self.containers:
@@ -272,12 +300,9 @@ class Kept:
             put_back()
         with torch.inference_mode():  # which may write to tensors of either kind
             for whole, values in self.written.values():
-                whole.copy_(values)
+                if not unusual(whole) or unusual(values):  # else it was freed since
+                    whole.copy_(values)
         self.random()
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 class _Writes(TorchDispatchMode):
@@ -295,6 +320,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        check_memory(function, args)
         schema = getattr(function, "_schema", None)  # higher order operators have none
         if schema is not None and schema.is_mutable:
             for index, argument in enumerate(schema.arguments):
@@ -313,19 +339,31 @@ def kept(model: nn.Module) -> Iterator[Kept]:
     The values of its tensors too, where they are written to in ``watching()`` of what this gives. Where threads share
     the model, that is when the last call that holds it ends.
     """
-    with _lock:
-        kept = _keeps.get(id(model))
-        if kept is None:
-            kept = _keeps[id(model)] = Kept(model)
-        kept.count += 1
+    holding: list[Kept] = []
+    leave = functools.partial(_release, id(model), holding)
     try:
+        forks.entered(leave)
+        with _lock:
+            kept = _keeps.get(id(model))
+            if kept is None:
+                kept = _keeps[id(model)] = Kept(model)
+            kept.count += 1
+            holding.append(kept)
         yield kept
     finally:
-        with _lock:
-            kept.count -= 1
-            if kept.count == 0:
-                del _keeps[id(model)]
+        forks.left(leave)
+
+
+def _release(number: int, holding: list[Kept]) -> None:
+    with _lock:
+        if holding:
+            kept = holding[0]
+            count = kept.count - 1
+            if not count:
                 kept.restore()
+                _keeps.pop(number, None)
+            kept.count = count
+            holding.pop()
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
@@ -339,22 +377,26 @@ class _Products:
     """
 
     def __init__(self) -> None:
-        self.users = {"exact": 0, "tf32": 0}
+        self.users: dict[str, set[object]] = {"exact": set(), "tf32": set()}
         self.turned: str | None = None
         self.undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def of(self, precision: str) -> Iterator[None]:
-        self.count(precision, 1)
+        user = object()
+        leave = functools.partial(self.turn_for, precision, user, False)
         try:
+            forks.entered(leave)
+            self.turn_for(precision, user, True)
             yield
         finally:
-            self.count(precision, -1)
+            forks.left(leave)
 
-    def count(self, precision: str, users: int) -> None:
+    def turn_for(self, precision: str, user: object, wants: bool) -> None:
         with _lock:
-            self.users[precision] += users
-            wanted = next((name for name, count in self.users.items() if count), None)
+            users = self.users[precision]
+            (users.add if wants else users.discard)(user)
+            wanted = next((name for name, each in self.users.items() if each), None)
             if wanted != self.turned:
                 self.undo.close()
                 self.turned = wanted

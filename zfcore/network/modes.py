@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zfcore import forks
 from zfcore.network import aten, whole
 from zfcore.network.counting import BatchSize, Sizes
 from zfcore.network.guard import recording
@@ -183,6 +185,14 @@ _replaced: dict[tuple[object, str], list] = {}  # what was there, and how many r
 _records: list[Record] = []  # on their way, in any thread
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+forks.renewed(_renew_lock)
+
+
 @contextmanager
 def calls_followed(record: Record) -> Iterator[None]:
     """The calls of modules and of custom autograd functions go by the record that their thread makes, if it does.
@@ -193,24 +203,38 @@ def calls_followed(record: Record) -> Iterator[None]:
     compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in record.paths)
     record.entry = "__call__" if compiled else "_call_impl"
     places = (nn.Module, record.entry), (torch.autograd.Function, "apply"), (threading.Thread, "start")
-    with _lock:
-        _records.append(record)
-        for owner, name in places:
-            held = _replaced.get((owner, name))
-            if held is None:
-                held = _replaced[owner, name] = [owner.__dict__[name], 0]
-                setattr(owner, name, _REPLACEMENTS[name](held[0]))
-            held[1] += 1
+    taken: list[tuple[object, str]] = []
+    leave = functools.partial(_put_back, record, taken)
     try:
+        forks.entered(leave)
+        with _lock:
+            _records.append(record)
+            for place in places:
+                owner, name = place
+                held = _replaced.get(place)
+                if held is None:
+                    held = _replaced[place] = [owner.__dict__[name], 0]
+                    setattr(owner, name, _REPLACEMENTS[name](held[0]))
+                held[1] += 1
+                taken.append(place)
         yield
     finally:
-        with _lock:
+        forks.left(leave)
+
+
+def _put_back(record: Record, taken: list[tuple[object, str]]) -> None:
+    with _lock:
+        if record in _records:
             _records.remove(record)
-            for owner, name in places:
-                held = _replaced[owner, name]
-                held[1] -= 1
-                if not held[1]:
-                    setattr(owner, name, _replaced.pop((owner, name))[0])
+        while taken:  # each step of which can be done twice
+            place = taken[-1]
+            held = _replaced[place]
+            users = held[1] - 1
+            if not users:
+                setattr(*place, held[0])
+                del _replaced[place]
+            held[1] = users
+            taken.pop()
 
 
 def _entered(name: str) -> Callable:

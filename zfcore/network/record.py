@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from zfcore.errors import ShapeError, UnsupportedOperation, ZfcoreError
+from zfcore.kinds import check_memory, plain, unusual
 from zfcore.network import aten, whole
 from zfcore.network.counting import IMAGES, Count
 from zfcore.network.guard import kept, recording
@@ -97,6 +98,7 @@ class Record:
         self.inside = 0  # custom autograd functions on their way
         self.quiet = 0  # what is done with tensors now is the record's own doing
         self.entry = ""  # the method of nn.Module that leads here
+        self.constants: list[Tensor] = []  # that were read, where hooks of the user's may free them
 
     # -- the forward
 
@@ -114,6 +116,8 @@ class Record:
                 with torch._C._AutoDispatchBelowAutograd(), Functions(self), Operations(self):
                     self.output = self.model(self.picture())
                     self.returned(self.model, self.output)
+                if any(map(unusual, self.constants)):
+                    self.stop("frees its parameters after each forward")
             except Exception as error:  # the user's code, on tensors that hold no values, may fail in any way
                 if self.failure is None:
                     self.fail(error)
@@ -388,16 +392,19 @@ class Record:
 
     def held_constant(self, t: Tensor) -> Tensor:
         """A constant that becomes part of what is recorded."""
-        if type(t).__torch_function__ is not Tensor.__torch_function__ and type(t) is not nn.Parameter:
-            t = _plain(t)
+        if what := unusual(t):
+            raise Unknown(f"reads a tensor that is {what}")
+        if self.example is not None:
+            self.constants.append(t)
         memory = self.memory(t)
         if memory is None:
-            return t
+            return plain(t)
         if memory.blank:
             raise Unknown("reads memory that was written to where it cannot be seen")
         memory.held = True
         # Where the forward computes, it writes too, and what was made in it has no copy that is written to instead.
-        return self.current(t).clone() if memory.fresh and self.example is not None else self.current(t)
+        current = plain(self.current(t))
+        return current.clone() if memory.fresh and self.example is not None else current
 
     @staticmethod
     def updates(op: Operator, args: tuple, kwargs: dict) -> bool:
@@ -410,6 +417,7 @@ class Record:
     def constant(self, op: Operator, args: tuple, kwargs: dict, tensors: list[Tensor]) -> object:
         """An operation on what is not computed from the images: it is done."""
         changed: list[Tensor] = []
+        check_memory(op.label, tensors)
         if self.updates(op, args, kwargs):
             self.stop("updates statistics of its own")
         for given in (*args, *kwargs.values()) if op.random else ():
@@ -424,6 +432,8 @@ class Record:
                 memory = self.known(t)
                 memory.blank = False
                 if memory.held or (memory.copy is None and not memory.fresh):
+                    if what := unusual(t):
+                        self.stop(f"calls {op.label} on a tensor that is {what}")
                     memory.shadow(t)
         if any((m := self.memory(t)) is not None and m.copy is not None for t in tensors):
             result = op.function(*with_tensors(args, self.current), **with_tensors(kwargs, self.current))
@@ -563,13 +573,9 @@ class Record:
         return shapes
 
     def usual(self, values: tuple) -> bool:
-        """Whether no constant may give the result another dtype than the model's, or has no memory of its own."""
+        """Whether no constant may give the result another dtype than the model's."""
         for value in values:
-            kind = type(value)
-            if kind is Tensor or kind is nn.Parameter:
-                if value.dtype != self.dtype or value.layout is not torch.strided:
-                    return False
-            elif kind is complex or (isinstance(value, Tensor) and not (value.dtype == self.dtype and _in_memory(value))):
+            if type(value) is complex or (isinstance(value, Tensor) and value.dtype != self.dtype):
                 return False
         return True
 
@@ -594,7 +600,13 @@ class Record:
             picked = self.picked(op, given, shapes)
             if picked is not None:
                 return picked
-        if op.rule is not None and shapes[0].dtype == self.dtype and all(map(_in_memory, (*args, *kwargs.values()))):
+        if op.name in _FILTERING:
+            own = given["input"].dtype if isinstance(given["input"], Loose) else self.dtype
+            fitting = (own, torch.float32) if "batch_norm" in op.name else (own,)
+            other = next((v.dtype for v in given.values() if isinstance(v, Tensor) and v.dtype not in fitting), None)
+            if other is not None:  # which torch refuses where there are values
+                return [self.unread(f"calls {op.label} with parameters of {other} on maps of {own}")] * len(shapes)
+        if op.rule is not None and shapes[0].dtype == self.dtype:
             try:
                 made = op.rule(*args, **kwargs)
                 values = []
@@ -894,6 +906,9 @@ class _Unseen:
         self.record.quiet -= 1
 
 
+_FILTERING = frozenset((
+    "conv2d", "convolution", "_convolution", "linear", "batch_norm", "_native_batch_norm_legit_no_training",
+))  # fmt: skip
 _OWN_STATISTICS = frozenset(("group_norm", "native_group_norm", "instance_norm"))
 _IDENTITIES = frozenset((
     "clone", "alias", "detach", "lift_fresh", "lift", "resolve_conj", "resolve_neg", "positive",
@@ -903,18 +918,6 @@ _REMAKING = frozenset((
     "set_", "resize_", "resize_as_", "squeeze_", "unsqueeze_", "transpose_", "t_", "detach_", "swapdims_", "swapaxes_",
     "requires_grad_", "as_strided_", "rename_", "sparse_resize_",
 ))  # fmt: skip
-
-
-def _plain(t: Tensor) -> Tensor:
-    """A tensor without what its class does to torch functions, which is done by the time that an operation is seen."""
-    return t.as_subclass(Tensor) if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ else t
-
-
-def _in_memory(value: object) -> bool:
-    """False for a tensor that computes in a way of its own, of whose values kernels could not find the memory."""
-    return not isinstance(value, Tensor) or (
-        type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and value.layout is torch.strided
-    )
 
 
 def _meta(t: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Threads that share a model, and calls that an exception ends: as if each were alone."""
+
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import zfcore
+from zfcore import forks
+from zfcore.network import guard
+
+pytestmark = pytest.mark.filterwarnings("ignore:zfcore. (the dense path|plain forwards)")
+
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Unread(nn.Module):
+    """A network that no tracer follows."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) if x.sum() < 1e9 else x
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1),
+        nn.SiLU(), nn.Flatten(), nn.Linear(150, 5),
+    )  # fmt: skip
+
+
+def calls(model):
+    unread = Unread(model)
+    box = {"box": 4, "stride": 4}
+    return [
+        lambda: zfcore.deconv_project(model, IMAGES, "7").pixels,
+        lambda: zfcore.deconv_project(model, IMAGES, "0", rule="guided").pixels,
+        lambda: zfcore.deconv_project(unread, IMAGES, "net.4", [0, 2]).pixels,
+        lambda: torch.cat([p.pixels for p in zfcore.iter_projections(model, IMAGES, "5", [1], batch_size=1)]),
+        lambda: zfcore.occlusion_map(model, IMAGES, feature=("5", None), **box).activation,
+        lambda: zfcore.occlusion_map(unread, IMAGES, feature=("net.5", None), **box).scores,
+        lambda: zfcore.occlusion_map(model, IMAGES, box=4, stride=1, mode="adaptive").scores,
+        lambda: zfcore.occlusion_map(unread, IMAGES, box=12, stride=1, score="logit").heatmap(),
+    ]
+
+
+def left(model):
+    """What a call may not leave behind."""
+    return (
+        [m.training for m in model.modules()], [len(m._forward_hooks) for m in model.modules()],
+        [t.detach().clone() for t in (*model.parameters(), *model.buffers())],
+        (dict(guard._holds), dict(guard._keeps), dict(forks._open), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        (nn.Module._call_impl, torch.autograd.Function.apply, threading.Thread.start),
+    )  # fmt: skip
+
+
+def same(before, after):
+    for a, b in zip(before, after, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, (x, y)
+
+
+def test_eight_threads_with_calls_of_all_kinds_on_one_model():
+    model = network().train()
+    before, wanted = left(model), [call() for call in calls(model)]
+    failures = []
+    begin = threading.Barrier(8)
+
+    def work(first):
+        own = calls(model)
+        begin.wait()
+        for at in [*range(first, 8), *range(first)]:
+            try:
+                torch.testing.assert_close(own[at](), wanted[at], rtol=1e-6, atol=1e-6)
+            except BaseException as error:
+                failures.append((at, error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    same(before, left(model))
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_an_interrupt_at_any_time_leaves_the_model_as_it_was(which):
+    """An exception of a signal's handler, as of Ctrl-C, at 20 times of a call."""
+    model = network().train()
+    call = calls(model)[which]
+    before, wanted = left(model), call()
+
+    def stop(*_):
+        raise Stop
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    try:
+        for step in range(1, 21):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, step * 2e-4)
+                call()
+            except (Stop, RuntimeError):  # the latter where it came while torch left a mode
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    same(before, left(model))
+    assert torch.equal(call(), wanted)  # no lock is held either
