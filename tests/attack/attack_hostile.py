@@ -329,6 +329,15 @@ def as_numbers(value: object, inside: bool = False) -> object:
     return value
 
 
+def with_values(value: object, inside: bool = False) -> object:
+    """The tree without freed tensors in its lists of numbers: torch's dispatcher ends the process by reading those."""
+    if type(value) in (tuple, list):
+        return type(value)(with_values(part, inside=True) for part in value)
+    if isinstance(value, dict):
+        return {key: with_values(part) for key, part in value.items()}
+    return 0 if inside and isinstance(value, torch.Tensor) and is_freed(value) else value
+
+
 def _beside(paths: list[tuple], path: tuple) -> list[tuple]:
     """Those of the same axis of the same window."""
     return [other for other in paths if other[-1] == path[-1] and other[:-2] == path[:-2]]

@@ -5,6 +5,7 @@ Every number is checked as a Python int, so no value overflows on the way to its
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -127,17 +128,32 @@ def _reach(size: Pair, window: tuple[Pair, Pair, Pair, Pair]) -> Pair:
     return tuple((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in zip(size, kernel, stride, dilation))
 
 
-def show(value: Any) -> str:
-    """The value for an error message: its repr, cut short, and safe for ints too long to print."""
-    if isinstance(value, (tuple, list)) and len(value) <= 8:
-        inside = ", ".join(map(show, value))
+# What says all of itself in a line. The repr of other things may hold a tensor, whose values may lie nowhere.
+_PLAIN = (numbers.Number, str, bytes, type(None), range, torch.dtype, torch.device, torch.layout)
+_MOST_SHOWN = 8
+
+
+def show(value: Any, depth: int = 4) -> str:
+    """The value for an error message: short, and safe for ints too long to print and tensors that hold nothing."""
+    if depth == 0:
+        return "..."
+    if isinstance(value, (tuple, list)):
+        shown = [show(each, depth - 1) for each in value[:_MOST_SHOWN]]
+        inside = ", ".join([*shown, *["..."] * (len(value) > _MOST_SHOWN)])
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    if isinstance(value, dict):
+        pairs = list(value.items())[:_MOST_SHOWN]
+        return "{" + ", ".join(f"{show(name, depth - 1)}: {show(each, depth - 1)}" for name, each in pairs) + "}"
+    if isinstance(value, torch.Tensor):
+        try:
+            return f"<a tensor of shape {tuple(value.shape)}>"
+        except RuntimeError:  # nested ones have none
+            return f"<a {type(value).__name__}>"
     if type(value) is int and value.bit_length() > 1024:
         return f"<an int of {value.bit_length()} bits>"
-    try:
-        text = f"<a tensor of shape {tuple(value.shape)}>" if isinstance(value, torch.Tensor) else repr(value)
-    except (ValueError, RuntimeError):  # an int beyond sys.get_int_max_str_digits(), inside another object; a tensor of none
+    if not isinstance(value, _PLAIN):
         return f"<a {type(value).__name__}>"
+    text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
