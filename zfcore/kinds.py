@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from zfcore.errors import DtypeError
+from zfcore.ops import _boundary
 
 _DISPATCH = Tensor.__torch_dispatch__
 _FUNCTION = Tensor.__torch_function__
@@ -38,7 +39,7 @@ def unusual(t: Tensor) -> str:
     own = type(t)
     if own is Tensor or own is nn.Parameter:
         try:
-            if t.data_ptr() and not (t.is_quantized or t.is_nested or _reaches_outside(t)):
+            if _boundary.has_address(t) and not (t.is_quantized or t.is_nested or _reaches_outside(t)):
                 return ""
         except RuntimeError:
             pass  # it has none, for one of the reasons below
@@ -66,7 +67,7 @@ def _described(t: Tensor) -> str:
         return ""
     if torch._is_functional_tensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return "a tensor of a transform of torch.func"
-    if t.numel() and not t._is_zerotensor() and (not t.data_ptr() or _reaches_outside(t)):
+    if t.numel() and not t._is_zerotensor() and (not _boundary.has_address(t) or _reaches_outside(t)):
         return f"of shape {tuple(t.shape)} in {t.untyped_storage().nbytes()} bytes of memory{_FREED}"
     return ""
 

@@ -7,10 +7,10 @@ caller keeps the tensor alive for the call. Results are made here, so that no ke
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 
+from zfcore import forks
 from zfcore.errors import DtypeError, ShapeError
 from zfcore.reference._geometry import (
     Spec,
@@ -41,22 +41,11 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 _LOW = 2**40  # below, that an address may be the offset of a part of no memory
 
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
 def threads() -> int:
     """How many threads a kernel may use: torch's number, and one in a forked process, where OpenMP would wait
     for ever for the threads that stayed in the parent.
     """
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if forks.forked else torch.get_num_threads()
 
 
 def pointer(x: torch.Tensor, name: str = "") -> int:
@@ -68,6 +57,11 @@ def pointer(x: torch.Tensor, name: str = "") -> int:
     if found < _LOW and is_null(x, found):
         raise _without_memory(x, name)
     return found
+
+
+def has_address(x: torch.Tensor) -> bool:
+    """Whether the tensor's values, if it has any, are said to lie anywhere."""
+    return x.data_ptr() != 0
 
 
 def is_null(x: torch.Tensor, address: int) -> bool:
