@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from zfcore import forks
 from zfcore.ops import _boundary
 from zfcore.ops._library import native
 
@@ -23,8 +24,16 @@ class _Kept(NamedTuple):
     packed: object
 
 
-_lock = threading.Lock()
 _kept: dict[int, dict[tuple, _Kept]] = {}  # of a weight by its id, for each way of packing it
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+_renew_lock()
+forks.renewed(_renew_lock)
 
 
 def _forget(key: int) -> None:
