@@ -98,6 +98,13 @@ zf::PasteBoxes paste(const PasteTuple& t) {
   return op;
 }
 
+// Maps that patches are of: none at all would pass for maps that were not given.
+zf::View filled(const TensorTuple& t, const zf::View& patches) {
+  const zf::View v = view(t);
+  zf::require(v.data || patches.n() == 0, "patches of maps that are not there");
+  return v;
+}
+
 // What both backends' steps of the deconvnet are given.
 zf::DeconvStep deconv_step(const TensorTuple& signal, const std::optional<TensorTuple>& switches,
                            const std::optional<TensorTuple>& passes, uintptr_t filters, const zf::View& out,
@@ -105,8 +112,8 @@ zf::DeconvStep deconv_step(const TensorTuple& signal, const std::optional<Tensor
                            const WindowTuple& pool, const WindowTuple& conv, bool rectify, bool overlap_last, bool whole) {
   zf::DeconvStep step;
   step.signal = view(signal);
-  if (switches) step.switches = view(*switches);
-  if (passes) step.passes = view(*passes);
+  if (switches) step.switches = filled(*switches, step.signal);
+  if (passes) step.passes = filled(*passes, step.signal);
   step.filters = reinterpret_cast<const void*>(filters);
   step.out = out;
   step.image = reinterpret_cast<const int64_t*>(image);
@@ -290,7 +297,7 @@ PYBIND11_MODULE(_C, m) {
           op.delta = view(delta);
           op.origin = reinterpret_cast<const int64_t*>(origin);
           op.filters = reinterpret_cast<const void*>(filters.first);
-          if (clean) op.clean = view(*clean);
+          if (clean) op.clean = filled(*clean, op.delta);
           op.image = reinterpret_cast<const int64_t*>(image);
           op.out = output(out);
           op.out_origin = reinterpret_cast<const int64_t*>(out_origin);

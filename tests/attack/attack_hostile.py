@@ -335,7 +335,8 @@ def with_values(value: object, inside: bool = False) -> object:
         return type(value)(with_values(part, inside=True) for part in value)
     if isinstance(value, dict):
         return {key: with_values(part) for key, part in value.items()}
-    return 0 if inside and isinstance(value, torch.Tensor) and is_freed(value) else value
+    read = inside and type(value) is torch.Tensor and value.layout is torch.strided
+    return 0 if read and is_freed(value) else value
 
 
 def _beside(paths: list[tuple], path: tuple) -> list[tuple]:

@@ -27,7 +27,8 @@ OURS = os.path.dirname(zfcore.__file__)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # What torch says of odd tensors that it cannot join, though the op could: no word of the definition's.
 JOINED = re.compile("Creating a new Tensor subclass|Inference tensors cannot be saved|cannot be called on meta tensors")
-DISPATCHERS = ("Multiple dispatch failed", "Could not run 'zfcore::", "Inference tensors cannot be saved for backward")
+DISPATCHERS = ("Multiple dispatch failed", "Could not run 'zfcore::", "Inference tensors cannot be saved for backward",
+               "Creating a new Tensor subclass")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # which torch does not compare
 EXTREME = 1e4  # of a value: sums of larger ones cancel, or overflow, as the order has it
 MOVING = ("max_pool", "zfcore::unpool2d", "unpool_relu2d", "gather", "strongest")  # ops that only move values

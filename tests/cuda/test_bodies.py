@@ -676,7 +676,8 @@ def test_the_op_hands_the_kernel_its_arguments(driver, monkeypatch):
         expected = step.expected()
         arguments = (step.switches, step.passes, step.scale, step.frame)
         given = torch.full(expected.shape, torch.nan, dtype=step.signal.dtype) if seed % 2 else None
-        out = deconv_step._cuda(step.signal, step.weight, step.step, step.image, step.origin, *arguments, given)
+        patches = step.signal, step.weight, step.step, step.image, step.origin
+        out = deconv_step._cuda(*patches, *arguments, given, tuple(expected.shape))
         assert given is None or out is given
         assert out.dtype == step.signal.dtype
         step.assert_close(out, expected)
@@ -689,7 +690,7 @@ def test_the_op_hands_wide_results_on(monkeypatch):
         (torch.randn(len(step.weight), 5, *step.weight.shape[2:]), step.step),
         (step.weight, step.step._replace(groups=2)),
     ):
-        arguments = (step.signal, weight, geometry, step.image, step.origin, None, None, None, None, None)
+        arguments = (step.signal, weight, geometry, step.image, step.origin, None, None, None, None, None, None)
         handed = deconv_step._cuda(*arguments)
         assert all(a is b for a, b in zip(handed, arguments, strict=True))
 

@@ -59,6 +59,11 @@ def pointer(x: torch.Tensor, name: str = "") -> int:
     return found
 
 
+def is_somewhere(x: torch.Tensor) -> bool:
+    """Whether the tensor, a plain one, lies in memory for certain: of others, `pointer` says more."""
+    return x.data_ptr() >= _LOW
+
+
 def has_address(x: torch.Tensor) -> bool:
     """Whether the tensor's values, if it has any, are said to lie anywhere."""
     return x.data_ptr() != 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from zfcore.errors import DeviceError, DtypeError, ShapeError
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _checks
 from zfcore.reference._geometry import check_result
 from zfcore.reference._params import Places
 
 DTYPES = (torch.float32, torch.float64)
+LARGE = 2**28  # elements: a result that memory may not hold
 
 
 def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor) -> tuple:
@@ -19,36 +22,51 @@ def check(delta: torch.Tensor, places: Places, *maps: torch.Tensor) -> tuple:
         raise DtypeError(f"delta of {delta.dtype} {tuple(delta.shape)}: expected float32 or float64 [B, C, h, w]")
     if 0 in delta.shape[1:]:
         raise ShapeError(f"delta of {tuple(delta.shape)}: expected none of 0")
-    b = len(delta)
-    places = check_places(places, delta.device, b)
+    places = check_places(places, delta.device, len(delta))
     checked = []
-    low, high = _checks.ends("image", places.image) if maps and delta.device.type == "cpu" else (0, -1)
     for clean in maps:
         clean = _checks.tensor("maps", clean, delta.device)
-        checked.append(clean)
         if clean.dim() != 4 or clean.dtype != delta.dtype:
             raise ShapeError(f"maps of {clean.dtype} {tuple(clean.shape)}: expected {delta.dtype} [N, C, H, W]")
-        # On a GPU it would have to be waited for; the kernels there look themselves.
-        if low < 0 or high >= len(clean):
-            raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
+        checked.append(clean)
     return delta, places, *checked
+
+
+def check_images(places: Places, *maps: torch.Tensor | None) -> None:
+    """That there is each image. The CPU's kernels look by themselves, and so do those of a GPU, which nobody waits for."""
+    if places.image.device.type == "cuda":
+        return
+    low, high = _checks.ends("image", places.image)
+    for clean in maps:
+        if clean is not None and (low < 0 or high >= len(clean)):
+            raise ShapeError(f"image: expected 0 to {len(clean) - 1}, of the clean maps")
+
+
+def on_cpu(kernel: Callable, places: Places, maps: tuple[torch.Tensor | None, ...], *arguments: object) -> None:
+    """Runs a native kernel. What it refuses is said of the images, if they are to blame."""
+    try:
+        kernel(*arguments)
+    except ArgumentError:
+        check_images(places, *maps)
+        raise
 
 
 def check_places(places: Places, device: torch.device, b: int) -> Places:
     """``places`` of ``b`` patches, checked but for whether they lie inside their maps."""
     _checks.record("places", places, Places)
-    return Places(
-        check_index("image", places.image, device, (b,)),
-        check_index("origin", places.origin, device, (b, 2)),
-        check_index("out_origin", places.out_origin, device, (b, 2)),
-        _checks.pair("places.size", places.size, 1, _checks.MOST_PIXELS),
-    )
+    image = check_index("image", places.image, device, (b,))
+    origin = check_index("origin", places.origin, device, (b, 2))
+    out_origin = check_index("out_origin", places.out_origin, device, (b, 2))
+    size = _checks.pair("places.size", places.size, 1)
+    if image is places.image and origin is places.origin and out_origin is places.out_origin and size is places.size:
+        return places
+    return Places(image, origin, out_origin, size)
 
 
 def check_index(name: str, value: torch.Tensor, device: torch.device, shape: tuple[int, ...]) -> torch.Tensor:
     """``value`` when it is of int64 and of that shape."""
     value = _checks.tensor(name, value)
-    if tuple(value.shape) != shape or value.dtype != torch.int64:
+    if value.shape != shape or value.dtype != torch.int64:
         raise ShapeError(f"{name} of {value.dtype} {tuple(value.shape)}: expected int64 {list(shape)}")
     if value.device != device:
         raise DeviceError(f"{name} on {value.device}: expected {device}, where the maps are")
@@ -59,11 +77,12 @@ def check_out(
     out: torch.Tensor | None, like: torch.Tensor, channels: int, places: Places, *read: torch.Tensor | None
 ) -> torch.Tensor | None:
     """``out`` when the result fits it, channels last; read: what it must not share memory with."""
-    shape = (len(places.image), channels, *places.size)
+    rows, columns = places.size
     if out is None:
-        check_result(like, *shape)
+        if len(places.image) * channels * rows * columns > LARGE:
+            check_result(like, len(places.image), channels, rows, columns)
         return None
-    return _checks.result(out, like, shape, *read, last=True)
+    return _checks.result(out, like, (len(places.image), channels, rows, columns), *read, last=True)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ kernel out of its memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,19 +27,15 @@ Window = tuple[Pair, Pair, Pair, Pair]
 
 def tensor(name: str, x: Any, device: torch.device | None = None) -> torch.Tensor:
     """``x`` when it is a dense tensor on ``device``; its negative and conjugate bits are carried out."""
+    if is_plain(x) and _boundary.is_somewhere(x) and (device is None or x.device == device):
+        return x
     if not isinstance(x, torch.Tensor):
         raise DtypeError(f"{name} is a {type(x).__name__}: expected a torch.Tensor")
-    if not is_plain(x):
-        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
-            raise DtypeError(f"{name} is a {kind(x)} tensor: expected a dense one")
-        if isinstance(x, FakeTensor) or x.is_meta:  # which have no values, and run on what needs none
-            return _placed(name, x, device)
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        raise DtypeError(f"{name} is a {kind(x)} tensor: expected a dense one")
+    if not (isinstance(x, FakeTensor) or x.is_meta):  # which have no values, and run on what needs none
         x = x.resolve_neg().resolve_conj()
-    _boundary.pointer(x, name)
-    return _placed(name, x, device)
-
-
-def _placed(name: str, x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+        _boundary.pointer(x, name)
     if device is not None and x.device != device:
         raise DeviceError(f"{name} on {x.device}: expected {device}, where the others are")
     return x
@@ -52,6 +49,13 @@ def ends(name: str, values: torch.Tensor) -> tuple[int, int]:
         return tuple(int(end) for end in torch.aminmax(values))
     except (RuntimeError, NotImplementedError) as error:
         raise DtypeError(f"{name}: a {type(values).__name__} on {values.device}, whose values cannot be read") from error
+
+
+def batched(name: str, x: torch.Tensor) -> torch.Tensor:
+    """A map [C, H, W] as a batch of one, which torch makes of no tensor that was freed."""
+    if is_plain(x):
+        _boundary.pointer(x, name)
+    return x.unsqueeze(0)
 
 
 def optional(name: str, x: Any, device: torch.device) -> torch.Tensor | None:
@@ -72,7 +76,7 @@ def result(out: Any, like: torch.Tensor, shape: Sequence[int], *read: torch.Tens
     """
     if not isinstance(out, torch.Tensor):
         raise DtypeError(f"out is a {type(out).__name__}: expected a torch.Tensor")
-    if out.layout is not torch.strided or out.is_quantized or out.is_neg() or out.is_nested:
+    if not is_plain(out) and (out.layout is not torch.strided or out.is_quantized or out.is_neg() or out.is_nested):
         raise DtypeError(f"out: expected a dense tensor of plain values, not a {kind(out)} one or a negated view")
     if out.device != like.device:
         raise DeviceError(f"out on {out.device}: expected {like.device}, where the others are")
@@ -81,40 +85,39 @@ def result(out: Any, like: torch.Tensor, shape: Sequence[int], *read: torch.Tens
         raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {like.dtype} {tuple(shape)}{layout}")
     if out.requires_grad:
         raise ArgumentError("out requires grad, which nothing here records: expected one that does not")
-    if out.numel() and _folded(out):
+    if not (_dense(out) or _apart(out)):
         raise ShapeError(f"out of strides {out.stride()}: expected no two of its values in one place")
+    first, end = (_boundary.pointer(out), 0) if _dense(out) else _boundary.span(out)
+    end = end or first + out.nbytes
     for x in read:
-        if x is not None and _overlap(out, x):
+        if x is None or x is out or x.device != out.device:
+            continue
+        low = _boundary.pointer(x)
+        high = low + x.nbytes if _dense(x) else _boundary.span(x)[1]
+        if first < high and low < end and not (first == low and out.stride() == x.stride() and out.shape == x.shape):
             raise ArgumentError("out shares memory with what is read: expected memory of its own")
     return out
 
 
-def _folded(x: torch.Tensor) -> bool:
-    """Whether two elements may lie in one place."""
+def _dense(x: torch.Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, as most do; another order than these two is not noticed."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _apart(x: torch.Tensor) -> bool:
+    """Whether each element has a place of its own."""
     below = 0  # what the axes of smaller strides span
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= below:
-            return True
+            return False
         below += stride * (size - 1)
-    return False
-
-
-def _overlap(out: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether they share memory, other than by being the same."""
-    if out is x or x.device != out.device:
-        return False
-    (first, end), (low, high) = _boundary.span(out), _boundary.span(x)
-    if first >= high or low >= end:
-        return False
-    return not (first == low and out.stride() == x.stride() and out.shape == x.shape)
+    return True
 
 
 def pair(name: str, value: Any, low: int, high: int = MOST) -> Pair:
     """``value`` as two ints (rows, columns) within ``low`` and ``high``."""
-    if type(value) is tuple and len(value) == 2:
-        rows, columns = value
-        if type(rows) is int and type(columns) is int and low <= rows <= high and low <= columns <= high:
-            return value
+    if is_pair(value, low, high):
+        return value
     if not is_sequence(value):
         raise DtypeError(f"{name}={show(value)}: expected a pair of ints (rows, columns)")
     if len(value) != 2:
@@ -124,6 +127,8 @@ def pair(name: str, value: Any, low: int, high: int = MOST) -> Pair:
 
 def window(name: str, value: Any) -> Window:
     """``value`` as (kernel, stride, padding, dilation), each a pair in pixels."""
+    if is_window(value):
+        return value
     if not is_sequence(value):
         raise DtypeError(f"{name}={show(value)}: expected (kernel, stride, padding, dilation)")
     if len(value) != 4:
@@ -137,6 +142,23 @@ def window(name: str, value: Any) -> Window:
     )
 
 
+def is_window(value: Any) -> bool:
+    """Whether ``value`` is a window as it should be: of tuples of ints."""
+    if not isinstance(value, tuple) or len(value) != 4:
+        return False
+    kernel, stride, padding, dilation = value
+    return is_pair(kernel, 1) and is_pair(stride, 1) and is_pair(padding, 0) and is_pair(dilation, 1)
+
+
+def is_pair(value: Any, low: int, high: int = MOST) -> bool:
+    """Whether ``value`` is a pair as it should be: a tuple of two ints in range."""
+    if type(value) is not tuple or len(value) != 2:
+        return False
+    rows, columns = value
+    return type(rows) is int and type(columns) is int and low <= rows <= high and low <= columns <= high
+
+
+@functools.lru_cache(maxsize=4096)
 def reach(name: str, count: Pair, of: Window) -> Pair:
     """The pixels, of rows and of columns, that ``count`` windows lie over."""
     kernel, stride, _, dilation = of

@@ -167,6 +167,9 @@ def _learn_plain(device: torch.device) -> None:
             _plain_keys.append(keys)
 
 
+_learn_plain(torch.device("cpu"))
+
+
 def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether only the kernel would see this call: no gradient, autocast, mode, transform or subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
@@ -179,9 +182,12 @@ def _is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether the tensor is known for one that no subclass, transform, layout or negative bit stands before."""
-    return _can_tell_plain and torch._C._dispatch_keys(x) in _plain_keys
+def is_plain(x: object) -> bool:
+    """Whether it is a tensor that is known for one that no subclass, transform, layout or negative bit stands before."""
+    try:
+        return torch._C._dispatch_keys(x) in _plain_keys
+    except (TypeError, AttributeError):  # no tensor, or a torch without this internal
+        return False
 
 
 def _default(op: str, kernels: Mapping[str, Callable], device: torch.device) -> Callable:

@@ -13,7 +13,7 @@ from zfcore.ops import _boundary, _change, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
 from zfcore.ops.relu_delta import check_rectifier
 from zfcore.reference._geometry import FLOATS
-from zfcore.reference._params import INT32_MAX, ConvChange, Limits, Places, integer, is_sequence, show
+from zfcore.reference._params import INT32_MAX, ConvChange, Limits, Pair, Places, integer, is_sequence, show
 
 PRECISIONS = ("exact", "tf32", "bf16")  # of products; sums are float32 and wider
 KEPT_BYTES = 256 * 2**20  # of filters whose packing is kept; larger ones are packed by slices, anew for each call
@@ -133,6 +133,7 @@ def _reference(delta, filters, step, places, clean, out):
     if filters.precision == "bf16":
         weight = weight if scale is None else weight * scale[:, None, None, None]
         weight, scale, delta = weight.bfloat16().to(delta.dtype), None, delta.bfloat16().to(delta.dtype)
+    _change.check_images(places, clean)
     result = reference.conv_delta(delta, weight, step, places, clean, scale)
     return result if out is None else out.copy_(result)
 
@@ -163,7 +164,10 @@ def _cpu(delta, filters, step, places, clean, out):
     delta = _change.channels_last(delta)
     clean = None if clean is None else _change.channels_last(clean)
     image, origin, out_origin = (x.contiguous() for x in places[:3])
-    native.conv_delta_cpu(
+    _change.on_cpu(
+        native.conv_delta_cpu,
+        places,
+        (clean,),
         _boundary.view(delta),
         _boundary.address(origin),
         _boundary.memory(packed),
@@ -227,6 +231,22 @@ def _full_layer(delta, filters, step, own, clean, out):
     return triton_kernel("relu_delta")(out, clean, own[0], own[2], out, *step.rectifier)
 
 
+def _check_step(step: ConvChange, kernel: Pair) -> ConvChange:
+    """``step`` in plain pairs."""
+    most = MOST_TABLE // max(1, *kernel)
+    plain = _checks.is_window(step.window) and _checks.is_pair(step.map, 1, most)
+    if plain and _checks.is_pair(step.above, 1, MOST_TABLE) and type(step.groups) is int and step.groups > 0:
+        rectifier = check_rectifier(step.rectifier)
+        return step if rectifier is step.rectifier else step._replace(rectifier=rectifier)
+    return ConvChange(
+        _checks.window("step.window", step.window),
+        integer("step.groups", step.groups, step.groups, 1, INT32_MAX),
+        _checks.pair("step.map", step.map, 1, most),
+        _checks.pair("step.above", step.above, 1, MOST_TABLE),
+        check_rectifier(step.rectifier),
+    )
+
+
 def check_filters(
     change: torch.Tensor, filters: DeltaFilters, step: ConvChange, clean: torch.Tensor | None
 ) -> tuple[DeltaFilters, ConvChange]:
@@ -242,14 +262,9 @@ def check_filters(
         raise ShapeError(f"filters.scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
     if filters.precision not in PRECISIONS:
         raise ArgumentError(f"filters.precision={show(filters.precision)}: expected one of {PRECISIONS}")
-    filters = filters._replace(weight=weight, scale=scale)
-    step = ConvChange(
-        _checks.window("step.window", step.window),
-        integer("step.groups", step.groups, step.groups, 1, INT32_MAX),
-        _checks.pair("step.map", step.map, 1, MOST_TABLE // max(1, *kernel)),
-        _checks.pair("step.above", step.above, 1, MOST_TABLE),
-        check_rectifier(step.rectifier),
-    )
+    if weight is not filters.weight or scale is not filters.scale:
+        filters = filters._replace(weight=weight, scale=scale)
+    step = _check_step(step, tuple(kernel))
     fits = c * step.groups == change.size(1) and k % step.groups == 0 and tuple(kernel) == tuple(step.window[0])
     if not fits or filters.groups != step.groups:
         raise ShapeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DtypeError, ShapeError, UnitNotFound
+from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnitNotFound
 from zfcore.ops import _boundary, _checks
 from zfcore.ops._checks import Window
 from zfcore.ops._library import choosing, native
@@ -35,9 +35,6 @@ def _check(images, weight, bias, units, conv, size):
         )
     if units.dim() != 1:
         raise ShapeError(f"units of shape {tuple(units.shape)}: expected [U]")
-    low, high = _checks.ends("units", units)
-    if low < 0 or high >= len(weight):
-        raise UnitNotFound(f"units {low} to {high}: expected 0 to {len(weight) - 1}")
     for axis in (0, 1):
         k, s, p, d = (value[axis] for value in conv)
         spare = images.shape[2 + axis] + 2 * p - d * (k - 1)  # padding="same" may put one more at the end
@@ -47,12 +44,23 @@ def _check(images, weight, bias, units, conv, size):
     return images, weight, bias, units, conv, size
 
 
+def _check_units(weight, units):
+    low, high = _checks.ends("units", units)
+    if low < 0 or high >= len(weight):
+        raise UnitNotFound(f"units {low} to {high}: expected 0 to {len(weight) - 1}")
+
+
+def _reference(images, weight, bias, units, conv, size):
+    _check_units(weight, units)
+    return reference.conv_strongest(images, weight, bias, units, conv, size)
+
+
 def _cpu(images, weight, bias, units, conv, size):
     bias = None if bias is None else bias.contiguous()
     units = units.contiguous()
     index = torch.empty((len(images), len(units)), dtype=torch.int64, device="cpu")
     value = torch.empty(index.shape, dtype=torch.float32, device="cpu")
-    native.conv_strongest_cpu(
+    call = (
         _boundary.view(images),
         _boundary.view(weight),
         _boundary.address(bias),
@@ -64,10 +72,15 @@ def _cpu(images, weight, bias, units, conv, size):
         _boundary.address(index),
         _boundary.threads(),
     )
+    try:
+        native.conv_strongest_cpu(*call)
+    except ArgumentError:  # which does not say what it found
+        _check_units(weight, units)
+        raise
     return index, value
 
 
-_run = choosing("conv_strongest", {"reference": reference.conv_strongest, "cpu": _cpu})
+_run = choosing("conv_strongest", {"reference": _reference, "cpu": _cpu})
 
 
 def conv_strongest(

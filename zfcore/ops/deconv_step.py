@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from zfcore import reference
 from zfcore.errors import ArgumentError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _checks, _filters
 from zfcore.ops._library import choosing, native, triton_kernel
-from zfcore.reference._geometry import FLOATS, accumulator, check_result, check_unpooled_size
+from zfcore.reference._geometry import FLOATS, Spec, accumulator, check_result, check_unpooled_size, spec
 from zfcore.reference._params import MAX_TAPS, Pair, PoolParams, StepParams, is_sequence, overlap_mode, show
 
 MOST_CUDA_CHANNELS = 4  # below, that the CUDA kernel takes: pictures
@@ -16,19 +18,41 @@ MOST_APART = 16  # below, that the Triton kernel writes one by one, where channe
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def _check_step(step, channels):
-    """``step`` in plain pairs."""
+def _check_step(step: StepParams, channels: int) -> StepParams:
+    """``step`` in plain pairs: what is hashed below is all ints, which equal nothing but ints."""
     _checks.record("step", step, StepParams)
-    return StepParams(
-        pool=None if step.pool is None else _checks.window("step.pool", step.pool),
-        conv=_checks.window("step.conv", step.conv),
-        groups=_checks.groups(step.groups, channels),
-        map=_checks.pair("step.map", step.map, 1, _checks.MOST_PIXELS),
-        below=_checks.pair("step.below", step.below, 1, _checks.MOST_PIXELS),
-        whole=_checks.flag("step.whole", step.whole),
-        rectify=_checks.flag("step.rectify", step.rectify),
-        overlap=overlap_mode(step.overlap),
-    )
+    plain = (step.pool is None or _checks.is_window(step.pool)) and _checks.is_window(step.conv)
+    if not (plain and _checks.is_pair(step.map, 1) and _checks.is_pair(step.below, 1)):
+        step = step._replace(
+            pool=None if step.pool is None else _checks.window("step.pool", step.pool),
+            conv=_checks.window("step.conv", step.conv),
+            map=_checks.pair("step.map", step.map, 1),
+            below=_checks.pair("step.below", step.below, 1),
+        )
+    _checks.flag("step.whole", step.whole)
+    _checks.flag("step.rectify", step.rectify)
+    overlap_mode(step.overlap)
+    groups = _checks.groups(step.groups, channels)
+    return step if groups is step.groups else step._replace(groups=groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(signal: Spec, outputs: int, step: StepParams, windows: Pair | None, size: Pair | None) -> tuple[int, ...]:
+    """The shape of the result, once for equal arguments. windows: of the switches; size: of a frame."""
+    if step.pool is not None:
+        if step.pool[0][0] * step.pool[0][1] > MAX_TAPS:
+            raise ShapeError(f"step.pool={step.pool}: expected at most {MAX_TAPS} taps")
+        if any(p > k // 2 for k, p in zip(step.pool[0], step.pool[2], strict=True)):
+            raise ArgumentError(f"step.pool={step.pool}: expected a padding of at most half the kernel")
+        check_unpooled_size(windows, PoolParams(*step.pool), step.map)
+    places = tuple(signal.shape[2:])
+    if step.pool is not None:
+        places = _checks.reach("step.pool", places, step.pool)
+    canvas = _checks.reach("step.conv", places, step.conv)
+    shape = (signal.shape[0], outputs, *(size or (step.below if step.whole else canvas)))
+    check_result(signal, *shape)
+    check_result(signal, outputs, *canvas)  # what a patch reaches before it is cut
+    return shape
 
 
 def _check_frame(frame, step, origin):
@@ -53,76 +77,73 @@ def _check(signal, weight, step, image, origin, switches, passes, scale, frame, 
     step = _check_step(step, k)
     image = _checks.tensor("image", image, device)
     origin = _checks.tensor("origin", origin, device)
-    if tuple(image.shape) != (b,) or tuple(origin.shape) != (b, 2):
+    if image.shape != (b,) or origin.shape != (b, 2):
         raise ShapeError(
             f"image of shape {tuple(image.shape)}, origin of shape {tuple(origin.shape)}: expected [{b}] and [{b}, 2]"
         )
     if image.dtype != torch.int64 or origin.dtype != torch.int64:
         raise DtypeError(f"image of {image.dtype}, origin of {origin.dtype}: expected int64")
     weight = _checks.tensor("weight", weight, device)
-    if weight.dim() != 4 or weight.size(0) != k or tuple(weight.shape[2:]) != step.conv[0] or weight.size(1) < 1:
+    if weight.dim() != 4 or weight.size(0) != k or weight.shape[2:] != step.conv[0] or weight.size(1) < 1:
         raise ShapeError(f"weight of shape {tuple(weight.shape)}: expected [{k}, C / groups, *{step.conv[0]}]")
     if weight.dtype != signal.dtype:
         raise DtypeError(f"weight of {weight.dtype}: expected the signal's {signal.dtype}")
     if (switches is None) != (step.pool is None):
         raise ShapeError("switches and step.pool: expected both or neither")
-    if step.pool is not None and step.pool[0][0] * step.pool[0][1] > MAX_TAPS:
-        raise ShapeError(f"step.pool={step.pool}: expected at most {MAX_TAPS} taps")
-    if step.pool is not None and any(p > k // 2 for k, p in zip(step.pool[0], step.pool[2], strict=True)):
-        raise ArgumentError(f"step.pool={step.pool}: expected a padding of at most half the kernel")
-    # On a GPU the images would have to be waited for; the kernels there look themselves.
-    low, high = _checks.ends("image", image) if device.type != "cuda" and not switches is passes is None else (0, -1)
-    maps = dict(switches=_checks.optional("switches", switches, device), passes=_checks.optional("passes", passes, device))
-    for name, dtype in (("switches", torch.uint8), ("passes", torch.bool)):
-        if (x := maps[name]) is None:
-            continue
-        if x.dtype != dtype or x.dim() != 4 or x.size(1) != k:
-            raise ShapeError(f"{name} of {x.dtype} {tuple(x.shape)}: expected {dtype} [N, {k}, H, W]")
-        if low < 0 or high >= len(x):
-            raise ShapeError(f"image {low} to {high}: expected 0 to {len(x) - 1}, of {name}")
-    if step.pool is not None:
-        check_unpooled_size(tuple(maps["switches"].shape[2:]), PoolParams(*step.pool), step.map)
-    if maps["passes"] is not None and tuple(maps["passes"].shape[2:]) != step.map:
-        raise ShapeError(f"passes of shape {tuple(maps['passes'].shape)}: expected maps of {step.map}")
+    switches = _check_maps("switches", switches, torch.uint8, k, device)
+    passes = _check_maps("passes", passes, torch.bool, k, device)
+    if passes is not None and passes.shape[2:] != step.map:
+        raise ShapeError(f"passes of shape {tuple(passes.shape)}: expected maps of {step.map}")
     scale = _checks.optional("scale", scale, device)
     if scale is not None and (tuple(scale.shape) != (k,) or scale.dtype not in FLOATS):
         raise ShapeError(f"scale of {scale.dtype} {tuple(scale.shape)}: expected [{k}], of a float type")
     frame = None if frame is None else _check_frame(frame, step, origin)
-    places = tuple(signal.shape[2:]) if step.pool is None else _checks.reach("step.pool", tuple(signal.shape[2:]), step.pool)
-    canvas = _checks.reach("step.conv", places, step.conv)
-    shape = _shape(signal, weight, step, frame)
-    check_result(signal, *shape)
-    check_result(signal, shape[1], *canvas)  # what a patch reaches before it is cut
+    windows = None if switches is None else tuple(switches.shape[2:])
+    shape = _plan(spec(signal), weight.size(1) * step.groups, step, windows, frame and frame[1])
     if out is not None:
         out = _checks.result(out, signal, shape, signal, weight, switches, passes)
-    return signal, weight, step, image, origin, *maps.values(), scale, frame, out
+    return signal, weight, step, image, origin, switches, passes, scale, frame, out, shape
 
 
-def _shape(signal, weight, step, frame):
-    size = step.reach(tuple(signal.shape[2:]))[1] if frame is None else frame[1]
-    return (len(signal), weight.size(1) * step.groups, *size)
+def _check_maps(name, x, dtype, channels, device):
+    """Switches or passes, or None."""
+    if x is None:
+        return None
+    x = _checks.tensor(name, x, device)
+    if x.dtype != dtype or x.dim() != 4 or x.size(1) != channels:
+        raise ShapeError(f"{name} of {x.dtype} {tuple(x.shape)}: expected {dtype} [N, {channels}, H, W]")
+    return x
 
 
-def _empty(signal, weight, step, frame):
-    shape = _shape(signal, weight, step, frame)
+def _check_images(image, switches, passes):
+    """That there is each image. The CPU's kernel looks by itself, and so do those of a GPU, which nobody waits for."""
+    low, high = _checks.ends("image", image)
+    for name, maps in (("switches", switches), ("passes", passes)):
+        if maps is not None and (low < 0 or high >= len(maps)):
+            raise ShapeError(f"image {low} to {high}: expected 0 to {len(maps) - 1}, of {name}")
+
+
+def _empty(signal, shape):
     return torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=torch.channels_last)
 
 
-def _reference(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+def _reference(signal, weight, step, image, origin, switches, passes, scale, frame, out, shape):
+    if signal.device.type != "cuda" and not switches is passes is None:
+        _check_images(image, switches, passes)
     z = reference.deconv_step(signal, weight, step, image, origin, switches, passes, scale, frame)
     return z if out is None else out.copy_(z)
 
 
-def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, out, shape):
     filters = _filters.for_deconv(weight, scale, step.conv, step.groups)
-    out = _empty(signal, weight, step, frame) if out is None else out
+    out = _empty(signal, shape) if out is None else out
     if switches is not None:
         switches = switches.contiguous(memory_format=torch.channels_last)
     if passes is not None:
         passes = passes.contiguous(memory_format=torch.channels_last).view(torch.uint8)
     image, origin = image.contiguous(), origin.contiguous()
     corner = None if frame is None else frame[0].contiguous()
-    native.deconv_step_cpu(
+    call = (
         _boundary.view(signal),
         None if switches is None else _boundary.view(switches),
         None if passes is None else _boundary.view(passes),
@@ -142,6 +163,11 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
         step.whole,
         _boundary.threads(),
     )
+    try:
+        native.deconv_step_cpu(*call)
+    except ArgumentError:
+        _check_images(image, switches, passes)
+        raise
     return out
 
 
@@ -165,10 +191,10 @@ def packed_for_triton(weight: torch.Tensor, scale: torch.Tensor | None) -> tuple
     return packed, packed.isfinite().all().reshape(1)
 
 
-def _triton(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+def _triton(signal, weight, step, image, origin, switches, passes, scale, frame, out, shape):
     result = out
     if out is None or (out.size(1) > MOST_APART and out.stride(1) != 1):
-        result = _empty(signal, weight, step, frame)
+        result = _empty(signal, shape)
     signal, switches, passes = (
         None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (signal, switches, passes)
     )
@@ -187,11 +213,11 @@ _wide = choosing(
 )
 
 
-def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, out):
+def _cuda(signal, weight, step, image, origin, switches, passes, scale, frame, out, shape):
     if step.groups != 1 or weight.size(1) > MOST_CUDA_CHANNELS:
-        return _wide(signal, weight, step, image, origin, switches, passes, scale, frame, out)
+        return _wide(signal, weight, step, image, origin, switches, passes, scale, frame, out, shape)
     filters, not_finite = packed_for_cuda(weight, scale)
-    out = _empty(signal, weight, step, frame) if out is None else out
+    out = _empty(signal, shape) if out is None else out
     image, origin = image.contiguous(), origin.contiguous()
     corner = None if frame is None else frame[0].contiguous()
     native.deconv_step_cuda(

@@ -12,6 +12,7 @@ from zfcore.reference._params import INT32_MAX, Lrn, Places, integer
 
 
 def _reference(delta, before, after, lrn, places, out):
+    _change.check_images(places, before, after)
     result = reference.lrn_delta(delta, before, after, lrn, places)
     return result if out is None else out.copy_(result)
 
@@ -19,7 +20,7 @@ def _reference(delta, before, after, lrn, places, out):
 def _cpu(delta, before, after, lrn, places, out):
     out = _change.empty(delta, delta.size(1), places, out)
     change, _held = _change.native_change(delta, before, after, places, out)
-    native.lrn_delta_cpu(change, *lrn, _boundary.threads())
+    _change.on_cpu(native.lrn_delta_cpu, places, (before, after), change, *lrn, _boundary.threads())
     return out
 
 

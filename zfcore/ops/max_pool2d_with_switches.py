@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
+from zfcore.ops._checks import batched
 from zfcore.ops._library import keep, native, register, triton_kernel
 from zfcore.ops.unpool2d import unpool2d_op
 from zfcore.reference._geometry import check_map, check_tensor, pooled_size, spec
@@ -139,7 +140,7 @@ def max_pool2d_with_switches(x, kernel_size, stride=None, padding=0, dilation=1,
     )
     if x.dim() == 3:
         y, switches = max_pool2d_with_switches_op(
-            x.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode
+            batched("x", x), kernel_size, stride, padding, dilation, ceil_mode
         )
         return y.squeeze(0), switches.squeeze(0)
     return max_pool2d_with_switches_op(x, kernel_size, stride, padding, dilation, ceil_mode)

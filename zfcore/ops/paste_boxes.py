@@ -40,14 +40,8 @@ _run = choosing("paste_boxes", {"reference": _reference, "cpu": _cpu, "cuda": _c
 
 def check_boxes(boxes: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``boxes`` when they are [B, 4] int64."""
-    boxes = _checks.tensor("boxes", boxes)
-    return _change.check_index("boxes", boxes, device, (len(boxes) if boxes.dim() else 0, 4))
-
-
-def _unread(places: Places) -> Places:
-    """``places`` with an out_origin that passes for one: it is not read."""
-    _checks.record("places", places, Places)
-    return places._replace(out_origin=places.origin)
+    count = len(boxes) if isinstance(boxes, torch.Tensor) and not boxes.is_nested and boxes.dim() else 0
+    return _change.check_index("boxes", boxes, device, (count, 4))
 
 
 def paste_boxes(
@@ -85,6 +79,12 @@ def paste_boxes(
             f"{tuple(images.shape)} on {images.device}"
         )
     boxes = check_boxes(boxes, images.device)
-    places = _change.check_places(_unread(places), images.device, len(boxes))
+    _checks.record("places", places, Places)
+    places = Places(
+        _change.check_index("image", places.image, images.device, (len(boxes),)),
+        _change.check_index("origin", places.origin, images.device, (len(boxes), 2)),
+        places.out_origin,
+        _checks.pair("places.size", places.size, 1),
+    )
     out = _change.check_out(out, images, images.size(1), places, images, fill)
     return _run(images, fill, boxes, places, out)

@@ -18,6 +18,7 @@ _CODES = {name: code for code, name in enumerate(FUNCTIONS)}
 
 
 def _reference(change, clean, function, places, out):
+    _change.check_images(places, clean)
     result = reference.pointwise_delta(change, clean, function, places)
     return result if out is None else out.copy_(result)
 
@@ -26,7 +27,7 @@ def _cpu(change, clean, function, places, out):
     out = _change.empty(change, change.size(1), places, out)
     patches, _held = _change.native_change(change, clean, clean, places, out)
     name, a, b = function
-    native.pointwise_delta_cpu(patches, _CODES[name], a, b, _boundary.threads())
+    _change.on_cpu(native.pointwise_delta_cpu, places, (clean,), patches, _CODES[name], a, b, _boundary.threads())
     return out
 
 
@@ -40,11 +41,10 @@ _run = choosing("pointwise_delta", {"reference": _reference, "cpu": _cpu, "trito
 
 
 def _check_function(function: tuple[str, float, float], dtype: torch.dtype) -> tuple[str, float, float]:
-    words = f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers"
-    if not is_sequence(function) or len(function) != 3 or not isinstance(function[0], str):
-        raise DtypeError(words)
-    if function[0] not in FUNCTIONS:
-        raise ArgumentError(words)
+    if not is_sequence(function) or len(function) != 3 or function[0] not in FUNCTIONS:
+        names = is_sequence(function) and len(function) == 3 and isinstance(function[0], str)
+        words = f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers"
+        raise (ArgumentError if names else DtypeError)(words)
     numbers = _checks.number("a", function[1]), _checks.number("b", function[2])
     if dtype is torch.float32 and any(FLOAT32_MAX < abs(number) < math.inf for number in numbers):
         raise ArgumentError(f"function={show(function)}: expected numbers that float32 holds")

@@ -12,6 +12,7 @@ from zfcore.reference._params import MAX_TAPS, Pair, Places
 
 
 def _reference(delta, before, after, window, places, out):
+    _change.check_images(places, before, after)
     result = reference.pool_delta(delta, before, after, window, places)
     return result if out is None else out.copy_(result)
 
@@ -19,7 +20,7 @@ def _reference(delta, before, after, window, places, out):
 def _cpu(delta, before, after, window, places, out):
     out = _change.empty(delta, delta.size(1), places, out)
     change, _held = _change.native_change(delta, before, after, places, out)
-    native.pool_delta_cpu(change, window, _boundary.threads())
+    _change.on_cpu(native.pool_delta_cpu, places, (before, after), change, window, _boundary.threads())
     return out
 
 

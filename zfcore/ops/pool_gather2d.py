@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
+from zfcore.ops._checks import batched
 from zfcore.ops._library import keep, native, register
 from zfcore.ops.unpool2d import unpool2d_op
 from zfcore.reference._geometry import (
@@ -138,5 +139,5 @@ def pool_gather2d(x, switches, kernel_size, stride=None, padding=0, dilation=1, 
     pool = pool_params(kernel_size, stride, padding, dilation)
     overlap_mode(overlap)
     if x.dim() == 3 and switches.dim() == 3:
-        return pool_gather2d_op(x.unsqueeze(0), switches.unsqueeze(0), *pool[:4], overlap).squeeze(0)
+        return pool_gather2d_op(batched("x", x), batched("switches", switches), *pool[:4], overlap).squeeze(0)
     return pool_gather2d_op(x, switches, *pool[:4], overlap)

@@ -12,6 +12,7 @@ from zfcore.reference._params import Limits, Places
 
 
 def _reference(delta, before, rectifier, places, out):
+    _change.check_images(places, before)
     result = reference.relu_delta(delta, before, rectifier, places)
     return result if out is None else out.copy_(result)
 
@@ -19,7 +20,7 @@ def _reference(delta, before, rectifier, places, out):
 def _cpu(delta, before, rectifier, places, out):
     out = _change.empty(delta, delta.size(1), places, out)
     change, _held = _change.native_change(delta, before, before, places, out)
-    native.relu_delta_cpu(change, *rectifier, _boundary.threads())
+    _change.on_cpu(native.relu_delta_cpu, places, (before,), change, *rectifier, _boundary.threads())
     return out
 
 
@@ -35,6 +36,8 @@ _run = choosing("relu_delta", {"reference": _reference, "cpu": _cpu, "triton": _
 def check_rectifier(rectifier: Limits) -> Limits:
     """``rectifier`` as two floats."""
     _checks.record("rectifier", rectifier, Limits)
+    if type(rectifier.slope) is float and type(rectifier.upper) is float:
+        return rectifier
     return Limits(_checks.number("slope", rectifier.slope), _checks.number("upper", rectifier.upper))
 
 

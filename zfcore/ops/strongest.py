@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import DeviceError, DtypeError, ShapeError, UnitNotFound
+from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnitNotFound
 from zfcore.ops import _boundary, _checks
 from zfcore.ops._library import choosing, native
 from zfcore.reference._geometry import FLOATS
@@ -13,17 +13,31 @@ from zfcore.reference._geometry import FLOATS
 _CPU = torch.device("cpu")
 
 
+def _check_units(maps, units):
+    low, high = _checks.ends("units", units)
+    if low < 0 or high >= maps.size(1):
+        raise UnitNotFound(f"units {low} to {high}: expected 0 to {maps.size(1) - 1}")
+
+
+def _reference(maps, units):
+    _check_units(maps, units)
+    return reference.strongest(maps, units.to(maps.device, non_blocking=maps.is_cuda))
+
+
 def _cpu(maps, units):
     units = units.contiguous()
     index = torch.empty((len(maps), len(units)), dtype=torch.int64, device="cpu")
-    native.strongest_cpu(
-        _boundary.view(maps), _boundary.address(units), len(units), _boundary.address(index), _boundary.threads()
-    )
+    call = _boundary.view(maps), _boundary.address(units), len(units), _boundary.address(index), _boundary.threads()
+    try:
+        native.strongest_cpu(*call)
+    except ArgumentError:  # which does not say what it found
+        _check_units(maps, units)
+        raise
     return index
 
 
 _run = choosing(
-    "strongest", {"reference": reference.strongest, "cpu": _cpu, "cuda": reference.strongest}
+    "strongest", {"reference": _reference, "cpu": _cpu, "cuda": _reference}
 )  # on CUDA torch's own reductions are the kernel
 
 
@@ -50,7 +64,4 @@ def strongest(maps: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         raise DtypeError(f"maps of {maps.dtype}, units of {units.dtype}: expected float maps and int64 [U]")
     if units.device not in (maps.device, _CPU):
         raise DeviceError(f"units on {units.device}: expected the CPU or {maps.device}, where maps are")
-    low, high = _checks.ends("units", units)
-    if low < 0 or high >= maps.size(1):
-        raise UnitNotFound(f"units {low} to {high}: expected 0 to {maps.size(1) - 1}")
-    return _run(maps, units.to(maps.device, non_blocking=maps.is_cuda))
+    return _run(maps, units)

@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zfcore import reference
 from zfcore.ops import _boundary
+from zfcore.ops._checks import batched
 from zfcore.ops._library import keep, native, register
 from zfcore.reference._geometry import (
     check_map,
@@ -127,7 +128,7 @@ def unpool(public, op, y, switches, kernel_size, stride, padding, dilation, outp
     shape_of("switches", switches)
     if y.dim() == 3 and switches.dim() == 3:
         size = unpooled_size(y.shape[1:], pool, size)
-        return op(y.unsqueeze(0), switches.unsqueeze(0), *pool[:4], size, overlap).squeeze(0)
+        return op(batched("y", y), batched("switches", switches), *pool[:4], size, overlap).squeeze(0)
     check_map("y", y)
     return op(y, switches, *pool[:4], unpooled_size(y.shape[2:], pool, size), overlap)
 

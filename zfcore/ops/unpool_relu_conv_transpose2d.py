@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from zfcore import reference
 from zfcore.errors import DtypeError
 from zfcore.ops import _boundary
+from zfcore.ops._checks import batched
 from zfcore.ops._library import is_plain, keep, library, native, register
 from zfcore.ops.deconv_step import deconv_step
 from zfcore.ops.pool_gather2d import pool_gather2d_op
@@ -274,8 +275,8 @@ def unpool_relu_conv_transpose2d(
     check_tensor("weight", weight)
     if y.dim() == 3 and switches.dim() == 3:
         z = unpool_relu_conv_transpose2d(
-            y.unsqueeze(0),
-            switches.unsqueeze(0),
+            batched("y", y),
+            batched("switches", switches),
             weight,
             pool=pool,
             conv=conv,
