@@ -41,10 +41,10 @@ _run = choosing("pointwise_delta", {"reference": _reference, "cpu": _cpu, "trito
 
 
 def _check_function(function: tuple[str, float, float], dtype: torch.dtype) -> tuple[str, float, float]:
-    if not is_sequence(function) or len(function) != 3 or function[0] not in FUNCTIONS:
-        names = is_sequence(function) and len(function) == 3 and isinstance(function[0], str)
+    named = is_sequence(function) and len(function) == 3 and isinstance(function[0], str)
+    if not named or function[0] not in FUNCTIONS:
         words = f"function={show(function)}: expected one of {', '.join(FUNCTIONS)}, and two numbers"
-        raise (ArgumentError if names else DtypeError)(words)
+        raise (ArgumentError if named else DtypeError)(words)
     numbers = _checks.number("a", function[1]), _checks.number("b", function[2])
     if dtype is torch.float32 and any(FLOAT32_MAX < abs(number) < math.inf for number in numbers):
         raise ArgumentError(f"function={show(function)}: expected numbers that float32 holds")
