@@ -12,6 +12,7 @@ PACKAGE = ROOT / "zfcore"
 FLOOR = {
     "errors": 0,
     "console": 1,
+    "files": 1,
     "forks": 1,
     "_C": 1,
     "kernels": 1,

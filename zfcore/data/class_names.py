@@ -2,11 +2,11 @@
 
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Sequence
 
 from zfcore.errors import ArgumentError, DtypeError
+from zfcore.files import open_regular
 
 __all__ = ["as_class_names", "class_label", "classes_named", "read_class_names"]
 
@@ -99,11 +99,8 @@ def folded(name: str) -> str:
 
 
 def _bytes_of(path: "str | os.PathLike[str]") -> bytes:
-    """A regular file's bytes; opening never waits for the other end of a FIFO, reading ends at the limit."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is a FIFO, a socket or a device, not a file")
+    """A regular file's bytes; reading ends at the limit."""
+    with open_regular(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")

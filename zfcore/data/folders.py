@@ -5,7 +5,9 @@ import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["SUFFIXES", "FoundImages", "find_images", "not_regular"]
+from zfcore.files import not_regular
+
+__all__ = ["SUFFIXES", "FoundImages", "find_images"]
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -83,19 +85,3 @@ def _not_a_file(path: str) -> str | None:
         return not_regular(os.stat(path).st_mode)
     except OSError as error:
         return "a symbolic link that leads nowhere" if os.path.islink(path) else str(error.strerror)
-
-
-def not_regular(mode: int) -> str | None:
-    """What a path is, where it is no file; None for a file."""
-    if stat.S_ISREG(mode):
-        return None
-    for test, name in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    ):
-        if test(mode):
-            return f"{name}, not a file"
-    return "not a file"

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zfcore.data.folders import not_regular
 from zfcore.data.formats import FORMATS, Contents, Deadline, inspect
 from zfcore.data.samples import strips, to_samples
 from zfcore.errors import ArgumentError, DtypeError, ImageError
+from zfcore.files import NotRegular, open_regular
 
 __all__ = ["FORMATS", "MAX_PIXELS", "Picture", "load_image", "read_image"]
 
@@ -125,22 +125,18 @@ def _name(path: object) -> str:
 
 @contextmanager
 def _opened(path: object, name: str) -> Iterator[BinaryIO]:
-    """The file, checked after it was opened; opening never waits for the other end of a FIFO."""
-    flags = os.O_RDONLY
-    for extra in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
-        flags |= getattr(os, extra, 0)
+    """The file, when it is one and not empty."""
     try:
-        descriptor = os.open(path, flags)
+        file = open_regular(path)
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
+    except NotRegular as error:
+        raise ImageError(f"{name}: {error}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ImageError(f"{name}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
-    status = os.fstat(descriptor)
-    reason = not_regular(status.st_mode) or ("an empty file" if status.st_size == 0 else None)
-    if reason:
-        os.close(descriptor)
-        raise ImageError(f"{name}: {reason}")
-    with os.fdopen(descriptor, "rb") as file:
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ImageError(f"{name}: an empty file")
         yield file
 
 

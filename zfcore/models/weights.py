@@ -17,7 +17,6 @@ import os
 import re
 import reprlib
 import secrets
-import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from zfcore.errors import DtypeError, WeightsError
+from zfcore.files import NotRegular, open_regular
 from zfcore.models.loading import load_tensors
 from zfcore.models.memory import unusable
 from zfcore.models.pickles import check_pickled
@@ -154,19 +154,18 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The regular file at the path, looked at after it is open: what lies there may change at any time."""
+    """The regular file at the path."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # waits for no pipe
+        file = open_regular(path)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         why = "there is no such file" if missing else f"the file cannot be opened: {_short(error)}"
         raise WeightsError(f"weights {str(path)!r}: {why}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+    except NotRegular as error:
         raise WeightsError(
             f"weights {str(path)!r}: there is no such file, but a folder, a pipe or a device of that name"
-        )
-    with open(handle, "rb") as file:
+        ) from error
+    with file:
         yield file
 
 

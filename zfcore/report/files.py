@@ -13,6 +13,7 @@ import unicodedata
 from PIL import Image, PngImagePlugin
 
 from zfcore.errors import ArgumentError
+from zfcore.files import open_regular
 
 __all__ = ["OutputError", "OutputFolder", "is_figure", "is_output_folder", "png", "safe_name"]
 
@@ -62,15 +63,10 @@ def is_output_folder(path: str) -> bool:
 def _head(path: str) -> bytes:
     """The first bytes of a regular file; none of anything else."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open_regular(path) as file:
+            return file.read(_HEAD)
     except (OSError, ValueError):
         return b""
-    try:
-        return os.read(descriptor, _HEAD) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
 
 
 class OutputError(OSError):
