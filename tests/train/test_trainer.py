@@ -1,5 +1,6 @@
 """The trainer learns, and an interrupted run continues bit for bit."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from bars import pictures
 from torch import nn
 
 from zfcore.errors import ArgumentError, DtypeError, ShapeError, WeightsError
-from zfcore.models import MaxPool2d, save_weights, zfnet_small
+from zfcore.models import MaxPool2d, save_weights, weights, zfnet_small
 from zfcore.train import (
     Settings,
     augment,
@@ -117,8 +118,6 @@ def test_resuming_a_finished_run_changes_nothing(data, unbroken, tmp_path):
 
 
 def test_a_failed_checkpoint_leaves_the_one_before(data, unbroken, tmp_path, monkeypatch):
-    from zfcore.models import weights
-
     checkpoint, replace_file, calls = tmp_path / "run.safetensors", weights.os.replace, []
 
     def full(*arguments):
@@ -157,6 +156,31 @@ def test_a_checkpoint_of_other_data_or_another_network_is_refused(data, tmp_path
     other = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     with pytest.raises(WeightsError, match="another network"):
         train(other, *data, SETTINGS, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: "{",
+        lambda run: "[" * 100_000,
+        lambda run: "[]",
+        lambda run: json.dumps({**run, "step": 10**30}),
+        lambda run: json.dumps({**run, "step": -1}),
+        lambda run: json.dumps({**run, "step": "3"}),
+        lambda run: json.dumps(run).replace('"step": 2', '"step": ' + "9" * 5000),
+        lambda run: json.dumps({**run, "seen": {"loss": math.nan, "accuracy": 0, "pictures": 1}}),
+        lambda run: json.dumps({**run, "seen": {"loss": 1, "other": 0}}),
+        lambda run: json.dumps({**run, "settings": 3}),
+        lambda run: json.dumps({name: value for name, value in run.items() if name != "data_sha256"}),
+    ],
+)
+def test_a_checkpoint_whose_run_is_damaged_is_refused(data, tmp_path, damage):
+    checkpoint = tmp_path / "run.safetensors"
+    run(data, checkpoint=checkpoint, stop=stop_after(2))
+    tensors, metadata = weights.read_tensors(checkpoint)
+    weights.write_tensors(checkpoint, tensors, {**metadata, "run": damage(json.loads(metadata["run"]))})
+    with pytest.raises(WeightsError, match="damaged|at most the run's"):
+        run(data, checkpoint=checkpoint, resume=True)
 
 
 def test_a_damaged_checkpoint_is_refused(data, tmp_path):

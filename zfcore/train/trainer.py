@@ -293,9 +293,9 @@ class _Run:
     def restore(self) -> None:
         tensors, metadata = read_tensors(self.checkpoint)
         where = f"checkpoint {str(self.checkpoint)!r}"
-        if "run" not in metadata:
-            raise WeightsError(f"{where} is no checkpoint of a training run")
-        state = json.loads(metadata["run"])
+        state, step, seen = _run_of(metadata, where)
+        if step > self.steps:
+            raise WeightsError(f"{where}: step {step}; expected at most the run's {self.steps}")
         for name, value in self.origin["settings"].items():
             if state["settings"].get(name) != value:
                 raise ArgumentError(
@@ -310,7 +310,9 @@ class _Run:
         expected |= {
             f"momentum.{name}": value.shape for name, value in parameters.items() if self.settings.momentum
         }
-        if {name: value.shape for name, value in tensors.items()} != expected:
+        dtypes = {f"model.{name}": value.dtype for name, value in own.items()}
+        same = all(value.dtype == dtypes.get(name, torch.float32) for name, value in tensors.items())
+        if {name: value.shape for name, value in tensors.items()} != expected or not same:
             raise WeightsError(f"{where} is of another network than {type(self.model).__name__}")
         with torch.no_grad():
             for name, value in own.items():
@@ -319,7 +321,22 @@ class _Run:
             if self.settings.momentum:
                 buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
                 self.optimiser.state[parameter]["momentum_buffer"] = buffer
-        self.step, self.seen = state["step"], Epoch(**state["seen"])
+        self.step, self.seen = step, seen
+
+
+def _run_of(metadata: dict[str, str], where: str) -> tuple[dict, int, Epoch]:
+    """What a checkpoint says of its run: its settings and data, the step that it is at, and what the epoch has seen."""
+    if "run" not in metadata:
+        raise WeightsError(f"{where} is no checkpoint of a training run")
+    try:
+        state = json.loads(metadata["run"])
+        settings, step, seen = state["settings"], state["step"], Epoch(**state["seen"])
+        numbers = math.isfinite(seen.loss) and math.isfinite(seen.accuracy) and type(seen.pictures) is int
+        if not (isinstance(settings, dict) and "data_sha256" in state and type(step) is int and step >= 0 and numbers):
+            raise ValueError("a value of another type or range than is written")
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise WeightsError(f"{where}: what it says of its run is damaged ({type(error).__name__}: {error})") from error
+    return state, step, seen
 
 
 def _seed(seed: int, stream: int, number: int) -> int:
