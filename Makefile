@@ -1,7 +1,7 @@
 # make demo   a trained network's view of real images, as figures and a page (out/demo/index.html)
 # make test   the tests
 # make bench  the benchmarks, with their floors
-# make attack hostile calls of every op, 20,000 each; writes the counts to out/attack.md
+# make attack hostile calls of every op, 20,000 each, whose counts go to out/attack.md; then files, forks and races at length
 #
 # Each makes the virtual environment .venv and installs everything into it first. Variables:
 #   PYTHON=python3.12         the interpreter (3.10 to 3.13)
@@ -30,9 +30,11 @@ test: $(VENV)/installed $(VENV)/testing
 bench: $(VENV)/installed $(VENV)/testing
 	$(BIN)/pytest bench --benchmark-only
 
-attack: $(VENV)/installed
+attack: $(VENV)/installed $(VENV)/testing
 	@mkdir -p out
 	$(BIN)/python tests/attack/attack_run.py --table out/attack.md
+	ZFCORE_ATTACK=1 ZFCORE_RACE_SECONDS=100 $(BIN)/pytest tests/kinds/test_forks.py tests/data/test_picture_bounds.py \
+		tests/models/test_weights_fuzz.py tests/ops/test_switches_that_change.py tests/native/test_race_switches.py
 
 env: $(VENV)/installed
 	cd $(VENV) && bin/python -m zfcore.env
