@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from shared_networks import IMAGES, Unread, network
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,28 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import zfcore
 
 pytestmark = pytest.mark.filterwarnings("ignore:zfcore. (the dense path|plain forwards)", "ignore:Anomaly Detection")
-
-
-class Unread(nn.Module):
-    """A network that no tracer follows."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x) if x.sum() < 1e9 else x
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(),
-        nn.Flatten(), nn.Linear(150, 5),
-    ).eval()  # fmt: skip
-
-
-IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
 def pieces(model, layer):
@@ -120,7 +98,7 @@ def results(model):
 
 @pytest.fixture(scope="module")
 def wanted():
-    return results(network())
+    return results(network().eval())
 
 
 def check(found, wanted):
@@ -132,7 +110,7 @@ def check(found, wanted):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_around_a_call_changes_nothing(mode, wanted):
-    model = network()
+    model = network().eval()
     with MODES[mode]():
         before = state()
         found = results(model)
@@ -142,7 +120,7 @@ def test_a_mode_around_a_call_changes_nothing(mode, wanted):
 
 def test_a_counter_of_operations_asks_for_gradients(wanted):
     """Its hooks do, so that the dense path runs."""
-    model = network()
+    model = network().eval()
     with FlopCounterMode(display=False):
         found = {"project": zfcore.deconv_project(model, IMAGES, "7").pixels, "occlude": occlude(model).scores}
     for name, value in found.items():
@@ -153,19 +131,19 @@ def test_a_counter_of_operations_asks_for_gradients(wanted):
 @pytest.mark.parametrize("made", ("in inference mode", "compiled"))
 def test_models_of_other_modes(made, around, wanted):
     if made == "compiled":
-        model = torch.compile(network(), backend="eager")
+        model = torch.compile(network().eval(), backend="eager")
         found = {name: call(model) for name, call in READ.items()}
     else:
         with torch.inference_mode():
-            model = copy.deepcopy(network())
+            model = copy.deepcopy(network().eval())
         with around():
             found = results(model)
     check(found, wanted)
 
 
 def test_a_generator_may_be_drawn_from_in_another_mode():
-    whole = zfcore.deconv_project(network(), IMAGES, "7").pixels.flatten(0, 1)
-    parts = zfcore.iter_projections(network(), IMAGES, "7", batch_size=3)
+    whole = zfcore.deconv_project(network().eval(), IMAGES, "7").pixels.flatten(0, 1)
+    parts = zfcore.iter_projections(network().eval(), IMAGES, "7", batch_size=3)
     first = next(parts).pixels
     with torch.inference_mode(), torch.device("meta"):
         second = next(parts).pixels

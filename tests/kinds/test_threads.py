@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from shared_networks import IMAGES, Unread, network
 from torch import nn
 
 import zfcore
@@ -12,27 +13,6 @@ from zfcore import forks
 from zfcore.network import guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:zfcore. (the dense path|plain forwards)")
-
-IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-
-
-class Unread(nn.Module):
-    """A network that no tracer follows."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x) if x.sum() < 1e9 else x
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1),
-        nn.SiLU(), nn.Flatten(), nn.Linear(150, 5),
-    )  # fmt: skip
 
 
 def calls(model):
@@ -67,7 +47,7 @@ def same(before, after):
 
 
 def test_eight_threads_with_calls_of_all_kinds_on_one_model():
-    model = network().train()
+    model = network(inplace=True).train()
     before, wanted = left(model), [call() for call in calls(model)]
     failures = []
     begin = threading.Barrier(8)
@@ -97,7 +77,7 @@ class Stop(KeyboardInterrupt):
 @pytest.mark.parametrize("which", range(8))
 def test_an_interrupt_at_any_time_leaves_the_model_as_it_was(which):
     """An exception of a signal's handler, as of Ctrl-C, at 20 times of a call."""
-    model = network().train()
+    model = network(inplace=True).train()
     call = calls(model)[which]
     before, wanted = left(model), call()
 
