@@ -285,6 +285,7 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     const zf::Window geometry = window(conv);
     zf::check_filters(view(weight), &geometry, groups);
+    zf::check_contiguous(view(weight));
     void* const to = packed(filters, zf::packed_filters_bytes_cpu(view(weight), view(weight).dtype, geometry, groups));
     zf::pack_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), to, geometry, groups, at_least_one(threads));
   });
@@ -323,6 +324,7 @@ PYBIND11_MODULE(_C, m) {
         [](const TensorTuple& weight, uintptr_t scale, const Memory& filters, int64_t groups, bool narrow, int threads) {
           py::gil_scoped_release release;
           zf::check_filters(view(weight), nullptr, groups);
+          zf::check_contiguous(view(weight));
           void* const to = packed(filters, zf::delta_filters_bytes_cpu(view(weight), groups, narrow));
           return zf::pack_delta_filters_cpu(view(weight), reinterpret_cast<const void*>(scale), to, groups, narrow,
                                             at_least_one(threads));

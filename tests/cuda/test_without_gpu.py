@@ -9,6 +9,7 @@ from zfcore import _C
 
 POOL = ((2, 2), (2, 2), (0, 0), (1, 1))
 IDENTITY = ((1, 1), (1, 1), (0, 0), (1, 1))
+INDICES = [torch.zeros(1, n, dtype=torch.int64) for n in (1, 2, 4)]  # of one patch: image, origin, box
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_the_error_names_the_op_and_what_is_missing(views, op):
         "max_pool2d_with_switches": (x, y, switches, POOL),
         "unpool_relu2d": (y, switches, x, POOL, True, False, 0),
         "pool_gather2d": (x, switches, y, POOL, False, 0),
-        "paste_boxes": ((x, x, y, 0, 0, 0),),
+        "paste_boxes": ((x, x, y, *(t.data_ptr() for t in INDICES)),),
         "deconv_step": (y, switches, None, 0, 0, x, 0, 0, 0, (4, 4), (4, 4), POOL, IDENTITY, True, False, False),
     }[op]
     missing = "has no NVIDIA driver|NVIDIA driver finds no GPU|older than the CUDA"

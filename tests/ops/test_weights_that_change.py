@@ -56,12 +56,12 @@ def test_changes_that_cancel_in_sums_products_and_permutations_do_not_here():
     assert len(found) == len(contents) > 700
 
 
-def test_keys_are_drawn_for_each_process():
+def test_keys_are_drawn_for_each_process(tmp_path):
     code = (
         "import torch; from zfcore.ops._library import native\n"
         "x = torch.zeros(64); print(native.hash_bytes(x.data_ptr(), x.nbytes, 1))"
     )
-    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
+    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout for _ in range(2)}
     assert len(found) == 2 and "" not in found
 
 

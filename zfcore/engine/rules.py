@@ -144,7 +144,7 @@ def _own_pool(node: torch.autograd.graph.Node) -> Callable:
 
 _POOLS = {
     "MaxPool2DWithIndicesBackward": _torchs_pool,
-    "GeneratedBackwardFor_zfcore_max_pool2d_with_switches_defaultBackward": _own_pool,
+    "zfcore_max_pool2d_with_switchesBackward": _own_pool,
 }
 
 

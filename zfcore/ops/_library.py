@@ -267,7 +267,7 @@ def register(
     torch.library.register_fake(f"zfcore::{name}", fake, lib=library)
     overload = getattr(torch.ops.zfcore, name).default
 
-    class Differentiable(torch.autograd.Function):
+    class Methods(torch.autograd.Function):
         """The op under autograd, and under the transforms of torch.func, which need the methods apart."""
 
         @staticmethod
@@ -296,6 +296,9 @@ def register(
         def vmap(info, in_dims, *args):
             return batched(overload, tensors, info.batch_size, in_dims, args)
 
+    # By this name the nodes of autograd's graph are known.
+    differentiable = type(f"zfcore_{name}", (Methods,), {})
+
     def below(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -305,7 +308,7 @@ def register(
             raise DtypeError(f"{name}: a nested tensor: expected a dense one")
         # Which tensors carry a derivative forward, autograd alone knows.
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:tensors])):
-            return Differentiable.apply(*args)
+            return differentiable.apply(*args)
         return below(keyset, *args)
 
     library.impl(name, differentiate, "Autograd", with_keyset=True)
@@ -313,7 +316,7 @@ def register(
     def transformed(*args):
         functionalized = _functionalizing()
         if functionalized is None:
-            return Differentiable.apply(*args)
+            return differentiable.apply(*args)
         inside = functionalized.unwrap_tensors(args)
         with functionalized.redispatch_to_next():
             return functionalized.wrap_tensors(overload(*inside))

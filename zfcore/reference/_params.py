@@ -203,7 +203,7 @@ def pool_params(
             f"kernel_size={show(kernel_size)}: expected at most {MAX_TAPS} taps, since a switch is one byte"
         )
     # An empty stride means the kernel's, as in torch.
-    empty = isinstance(stride, (tuple, list)) and not stride
+    empty = isinstance(stride, (tuple, list)) and len(stride) == 0
     step = kernel if stride is None or empty else pair("stride", stride, 1)
     pad = pair("padding", padding, 0)
     if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
