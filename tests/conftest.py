@@ -49,6 +49,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """No test leaves a mode of torch's behind, which would change what the tests after it see."""
+    yield
+    assert torch._C._is_torch_function_enabled(), "torch functions are left disabled"
+    assert not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack(), "a mode is left on"
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "gradients are left off"
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     random.seed(0)
     numpy.random.seed(0)

@@ -10,7 +10,9 @@ import itertools
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -286,23 +288,31 @@ class _ThreadState:
                 forks.left(leave)
 
 
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
+class contained:  # noqa: N801 - a context, named as one
     """All of a call, or of a part of it that ends before the caller goes on: afterwards all is as it was.
 
-    Each change has its own end; but an exception of a signal's handler, as of Ctrl-C, may come in the midst of that. And in
-    a forked process torch works in one thread.
+    Each change has its own end; but an exception of a signal's handler, as of Ctrl-C, may come in the midst of that. One that
+    comes in the few microseconds in which this itself begins or ends may still leave something behind. And in a forked
+    process torch works in one thread.
     """
-    state = _ThreadState()
-    try:
-        with forks.one_thread_if_forked():
-            yield
-    finally:
+
+    def __enter__(self) -> None:
+        self.state = _ThreadState()
+        self.threads = forks.one_thread_if_forked()
+        self.threads.__enter__()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            state.restore()
-        except BaseException:
-            state.restore()
-            raise
+            if kind is not None and not issubclass(kind, Exception):
+                # Generators that it left hanging in contexts of their own end now, not when the trace is forgotten.
+                traceback.clear_frames(trace)
+            self.threads.__exit__(kind, error, trace)
+        finally:
+            try:
+                self.state.restore()
+            except BaseException:
+                self.state.restore()
+                raise
 
 
 class _Eager:

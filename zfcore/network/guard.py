@@ -33,13 +33,13 @@ _holds: dict[int, _Hold] = {}  # by the id of the module, which lives as long as
 
 
 class _Hold:
-    """How many calls hold a module in eval mode, and its mode before the first of them."""
+    """Which calls hold a module in eval mode, and its mode before the first of them."""
 
-    __slots__ = ("module", "count", "training")
+    __slots__ = ("module", "users", "training")
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.count = 0
+        self.users: set[object] = set()
         self.training = module.training
 
 
@@ -51,17 +51,16 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     training flags are touched, and not by ``eval()``, which a model may override with more than that:
     parameters, buffers, gradients, hooks and random state are not.
     """
-    held: list[_Hold] = []
-    leave = functools.partial(_let_go, held)
+    modules = list(model.modules())
+    leave = functools.partial(_let_go, modules, user := object())
     try:
         forks.entered(leave)
         with _lock:
-            for module in model.modules():
+            for module in modules:
                 hold = _holds.get(id(module))
                 if hold is None:
                     hold = _holds[id(module)] = _Hold(module)
-                hold.count += 1
-                held.append(hold)
+                hold.users.add(user)
                 if module.training:
                     module.training = False
         yield model
@@ -69,17 +68,17 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         forks.left(leave)
 
 
-def _let_go(held: list[_Hold]) -> None:
+def _let_go(modules: list[nn.Module], user: object) -> None:
     with _lock:
-        while held:  # each step of which can be done twice
-            hold = held[-1]
-            count = hold.count - 1
-            if not count:
-                if hold.module.training != hold.training:
-                    hold.module.training = hold.training
-                _holds.pop(id(hold.module), None)
-            hold.count = count
-            held.pop()
+        for module in modules:  # each step of which can be done twice
+            hold = _holds.get(id(module))
+            if hold is None:
+                continue
+            hold.users.discard(user)
+            if not hold.users:
+                if module.training != hold.training:
+                    module.training = hold.training
+                _holds.pop(id(module), None)
 
 
 recording = threading.local()  # `record`: what this thread's forward of a model is recorded by, if it is
@@ -178,7 +177,7 @@ class Kept:
     """What a model's modules hold, the random state of the process, and values from before they are written."""
 
     def __init__(self, model: nn.Module):
-        self.count = 0  # of the calls that hold it
+        self.users: set[object] = set()  # the calls that hold it
         self.containers: list[tuple] = []  # each, and what it held
         self.empty: list = []  # containers that held nothing
         self.hooks: list[tuple[dict, dict]] = []  # likewise, forward hooks but for observers, which come and go
@@ -339,31 +338,28 @@ def kept(model: nn.Module) -> Iterator[Kept]:
     The values of its tensors too, where they are written to in ``watching()`` of what this gives. Where threads share
     the model, that is when the last call that holds it ends.
     """
-    holding: list[Kept] = []
-    leave = functools.partial(_release, id(model), holding)
+    leave = functools.partial(_release, id(model), user := object())
     try:
         forks.entered(leave)
         with _lock:
             kept = _keeps.get(id(model))
             if kept is None:
                 kept = _keeps[id(model)] = Kept(model)
-            kept.count += 1
-            holding.append(kept)
+            kept.users.add(user)
         yield kept
     finally:
         forks.left(leave)
 
 
-def _release(number: int, holding: list[Kept]) -> None:
+def _release(number: int, user: object) -> None:
     with _lock:
-        if holding:
-            kept = holding[0]
-            count = kept.count - 1
-            if not count:
-                kept.restore()
-                _keeps.pop(number, None)
-            kept.count = count
-            holding.pop()
+        kept = _keeps.get(number)
+        if kept is None:
+            return
+        kept.users.discard(user)
+        if not kept.users:  # which can be done twice
+            kept.restore()
+            _keeps.pop(number, None)
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
