@@ -75,17 +75,27 @@ def is_null(x: torch.Tensor, address: int) -> bool:
 
 
 def _without_memory(x: torch.Tensor, name: str = "") -> DtypeError:
+    said = f"{name}: a {type(x).__name__}" if name else f"a {type(x).__name__}"
     return DtypeError(
-        f"{name and name + ': '}a {type(x).__name__} of shape {tuple(x.shape)} has no memory of its own (it was freed, or another object holds "
-        "the values): expected a plain tensor"
+        f"{said} of shape {tuple(x.shape)} has no memory of its own (it was freed, or another object holds the values): "
+        "expected a plain tensor"
     )
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, as most do; another order than these two is not noticed."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def span(x: torch.Tensor) -> tuple[int, int]:
     """The addresses of its first byte and of the one after its last; (0, 0) where there are no values."""
-    if not x.numel() or x.device.type == "meta":
+    if x.is_meta:
         return 0, 0
     first = pointer(x)
+    if is_dense(x):
+        return first, first + x.nbytes
+    if not x.numel():
+        return 0, 0
     return first, first + (sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1) * x.itemsize
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from zfcore.errors import DeviceError, DtypeError, ShapeError
 from zfcore.ops import _boundary, _checks
 from zfcore.reference._geometry import check_result
 from zfcore.reference._params import Places
@@ -44,11 +44,7 @@ def check_images(places: Places, *maps: torch.Tensor | None) -> None:
 
 def on_cpu(kernel: Callable, places: Places, maps: tuple[torch.Tensor | None, ...], *arguments: object) -> None:
     """Runs a native kernel. What it refuses is said of the images, if they are to blame."""
-    try:
-        kernel(*arguments)
-    except ArgumentError:
-        check_images(places, *maps)
-        raise
+    _checks.explained(kernel, lambda: check_images(places, *maps), *arguments)
 
 
 def check_places(places: Places, device: torch.device, b: int) -> Places:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from zfcore.ops import _boundary
 from zfcore.ops._library import is_plain
 from zfcore.reference._params import INT32_MAX, Pair, integer, is_sequence, show
 
-MOST = INT32_MAX  # of a window's numbers, as of torch's
-MOST_PIXELS = 2**31 - 1  # along an axis: the kernels count in 32 bits
+MOST = INT32_MAX  # of a window's numbers, as of torch's, and of pixels along an axis, which the kernels count in 32 bits
 
 Window = tuple[Pair, Pair, Pair, Pair]
 
@@ -49,6 +48,15 @@ def ends(name: str, values: torch.Tensor) -> tuple[int, int]:
         return tuple(int(end) for end in torch.aminmax(values))
     except (RuntimeError, NotImplementedError) as error:
         raise DtypeError(f"{name}: a {type(values).__name__} on {values.device}, whose values cannot be read") from error
+
+
+def explained(kernel: Callable, explain: Callable[[], None], *arguments: object) -> Any:
+    """What a native kernel returns. Where it refuses, ``explain`` may say by name what it only knows to be wrong."""
+    try:
+        return kernel(*arguments)
+    except ArgumentError:
+        explain()
+        raise
 
 
 def batched(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -85,23 +93,16 @@ def result(out: Any, like: torch.Tensor, shape: Sequence[int], *read: torch.Tens
         raise ShapeError(f"out of {out.dtype} {tuple(out.shape)}: expected {like.dtype} {tuple(shape)}{layout}")
     if out.requires_grad:
         raise ArgumentError("out requires grad, which nothing here records: expected one that does not")
-    if not (_dense(out) or _apart(out)):
+    if not (_boundary.is_dense(out) or _apart(out)):
         raise ShapeError(f"out of strides {out.stride()}: expected no two of its values in one place")
-    first, end = (_boundary.pointer(out), 0) if _dense(out) else _boundary.span(out)
-    end = end or first + out.nbytes
+    first, end = _boundary.span(out)
     for x in read:
         if x is None or x is out or x.device != out.device:
             continue
-        low = _boundary.pointer(x)
-        high = low + x.nbytes if _dense(x) else _boundary.span(x)[1]
+        low, high = _boundary.span(x)
         if first < high and low < end and not (first == low and out.stride() == x.stride() and out.shape == x.shape):
             raise ArgumentError("out shares memory with what is read: expected memory of its own")
     return out
-
-
-def _dense(x: torch.Tensor) -> bool:
-    """Whether its elements fill one stretch of memory, as most do; another order than these two is not noticed."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _apart(x: torch.Tensor) -> bool:
@@ -163,7 +164,7 @@ def reach(name: str, count: Pair, of: Window) -> Pair:
     """The pixels, of rows and of columns, that ``count`` windows lie over."""
     kernel, stride, _, dilation = of
     pixels = tuple((count[a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 for a in (0, 1))
-    if max(pixels) > MOST_PIXELS:
+    if max(pixels) > MOST:
         raise ArgumentError(f"{name}={show(of)}: {show(tuple(count))} windows reach over 2**31 pixels or more")
     return pixels
 

@@ -72,7 +72,7 @@ def conv_boxes(
         raise DtypeError(f"change of {change.dtype} {tuple(change.shape)}: expected float32 or float64 [N, C, H, W]")
     if 0 in change.shape[1:]:
         raise ShapeError(f"change of {tuple(change.shape)}: expected none of 0")
-    patch = _checks.pair("patch", patch, 1, _checks.MOST_PIXELS)
+    patch = _checks.pair("patch", patch, 1)
     boxes = check_boxes(boxes, change.device)
     places = _change.check_places(places, change.device, len(boxes))
     clean = _checks.optional("clean", clean, change.device)

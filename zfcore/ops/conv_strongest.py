@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import ArgumentError, DtypeError, ShapeError, UnitNotFound
+from zfcore.errors import DtypeError, ShapeError, UnitNotFound
 from zfcore.ops import _boundary, _checks
 from zfcore.ops._checks import Window
 from zfcore.ops._library import choosing, native
@@ -19,7 +19,7 @@ def _check(images, weight, bias, units, conv, size):
     bias = _checks.optional("bias", bias, images.device)
     units = _checks.tensor("units", units, images.device)
     conv = _checks.window("conv", conv)
-    size = _checks.pair("size", size, 1, _checks.MOST_PIXELS)
+    size = _checks.pair("size", size, 1)
     four = images.dim() == weight.dim() == 4
     if not four or images.size(1) != weight.size(1) or 0 in weight.shape[1:]:
         raise ShapeError(
@@ -72,11 +72,7 @@ def _cpu(images, weight, bias, units, conv, size):
         _boundary.address(index),
         _boundary.threads(),
     )
-    try:
-        native.conv_strongest_cpu(*call)
-    except ArgumentError:  # which does not say what it found
-        _check_units(weight, units)
-        raise
+    _checks.explained(native.conv_strongest_cpu, lambda: _check_units(weight, units), *call)
     return index, value
 
 

@@ -62,7 +62,7 @@ def _check_frame(frame, step, origin):
     corner = _checks.tensor("frame", frame[0])
     if not step.whole or corner.shape != origin.shape or corner.dtype != torch.int64:
         raise ShapeError(f"frame at {corner.dtype} {tuple(corner.shape)}: expected int64 [B, 2], with step.whole")
-    return _checks.tensor("frame", corner, origin.device), _checks.pair("frame", frame[1], 1, _checks.MOST_PIXELS)
+    return _checks.tensor("frame", corner, origin.device), _checks.pair("frame", frame[1], 1)
 
 
 def _check(signal, weight, step, image, origin, switches, passes, scale, frame, out):
@@ -163,11 +163,7 @@ def _cpu(signal, weight, step, image, origin, switches, passes, scale, frame, ou
         step.whole,
         _boundary.threads(),
     )
-    try:
-        native.deconv_step_cpu(*call)
-    except ArgumentError:
-        _check_images(image, switches, passes)
-        raise
+    _checks.explained(native.deconv_step_cpu, lambda: _check_images(image, switches, passes), *call)
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zfcore import reference
-from zfcore.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnitNotFound
+from zfcore.errors import DeviceError, DtypeError, ShapeError, UnitNotFound
 from zfcore.ops import _boundary, _checks
 from zfcore.ops._library import choosing, native
 from zfcore.reference._geometry import FLOATS
@@ -28,11 +28,7 @@ def _cpu(maps, units):
     units = units.contiguous()
     index = torch.empty((len(maps), len(units)), dtype=torch.int64, device="cpu")
     call = _boundary.view(maps), _boundary.address(units), len(units), _boundary.address(index), _boundary.threads()
-    try:
-        native.strongest_cpu(*call)
-    except ArgumentError:  # which does not say what it found
-        _check_units(maps, units)
-        raise
+    _checks.explained(native.strongest_cpu, lambda: _check_units(maps, units), *call)
     return index
 
 
